@@ -1,0 +1,146 @@
+// The one contract of the kernel layer: what every op takes, on every device.
+//
+// Nothing below knows torch. A launcher gets raw pointers, sizes and a place to run (a thread pool
+// or a CUDA stream), and returns a Status. The caller has checked shapes, dtypes and layouts, and
+// owns all memory. A dense activation of C channels is seen as [outer, channels, inner]:
+// channels_last has inner = 1 and outer = N*H*W, contiguous has inner = H*W and outer = N. Offsets
+// are 64-bit everywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_resnet {
+
+enum class DType : int { f32, f64, bf16, f16 };
+enum class Act : int { none, relu };
+enum class EltwiseOp : int { sum, prod, max };
+enum class Status : int { ok, unsupported, out_of_memory, launch_failed };
+
+// Per-channel scale and shift are fp32 (fp64 for f64 activations), the type that is accumulated in.
+
+// out = act(op_i(coeff_i * input_i)); coeff (fp64, sum only) may be null. `out` may be one of the
+// inputs.
+struct EltwiseActArgs {
+  DType dtype;
+  EltwiseOp op;
+  Act act;
+  int count;  // number of inputs, at least 1
+  const void* const*
+      inputs;  // `count` host-side pointers, each to numel elements in the same order
+  const double* coeff;
+  void* out;
+  int64_t numel;
+};
+
+// out = act(x * scale[c] + shift[c] + residual); residual may be null, `out` may be x or residual.
+struct BnActArgs {
+  DType dtype;
+  Act act;
+  const void* x;
+  const void* scale;
+  const void* shift;
+  const void* residual;
+  void* out;
+  int64_t outer, channels, inner;
+};
+
+// out = max over each window of act(x * scale[c] + shift[c]); padding never wins.
+struct BnActMaxpoolArgs {
+  DType dtype;
+  Act act;
+  bool channels_last;
+  const void* x;
+  const void* scale;
+  const void* shift;
+  void* out;
+  int64_t batch, channels, height, width, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// scale[c] = weight[c] / sqrt(var[c] + eps), shift[c] = bias[c] - mean[c] * scale[c].
+// weight and bias may be null (1 and 0). mean, var, weight and bias are of `dtype`.
+struct BnScaleShiftArgs {
+  DType dtype;
+  const void* mean;
+  const void* var;
+  const void* weight;
+  const void* bias;
+  void* scale;
+  void* shift;
+  int64_t channels;
+  double eps;
+};
+
+// The shape of a convolution. Activations are channels_last: x [batch, height, width, in_channels],
+// out [batch, out_height, out_width, out_channels].
+struct ConvShape {
+  int64_t batch, height, width, in_channels, out_height, out_width, out_channels;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t groups;
+};
+
+// out = act(conv(x, weight) * scale[c] + shift[c] + residual); scale, shift and residual may be
+// null. Exactly one of `weight` (of `dtype`, strides in elements) and `packed` (from conv_pack) is
+// set.
+struct ConvBnActArgs {
+  DType dtype;
+  Act act;
+  ConvShape shape;
+  const void* x;
+  const void* weight;
+  int64_t weight_stride[4];  // of [out_channels, in_channels / groups, kernel[0], kernel[1]]
+  const void* packed;
+  const void* scale;
+  const void* shift;
+  const void* residual;  // laid out as out
+  void* out;
+};
+
+// Rearranges a convolution's weight into the panels conv_bn_act reads. Elements of `packed` are
+// fp32 (fp64 for f64); conv_packed_size says how many there are. The format belongs to the
+// processor at hand.
+struct ConvPackArgs {
+  DType dtype;
+  ConvShape shape;  // batch and image sizes are not read
+  const void* weight;
+  int64_t weight_stride[4];
+  void* packed;
+};
+
+// Every op's launcher, declared once per place it can run in.
+#define FUSED_RESNET_LAUNCHERS(Stream)                    \
+  Status eltwise_act(const EltwiseActArgs&, Stream);      \
+  Status bn_act(const BnActArgs&, Stream);                \
+  Status bn_act_maxpool(const BnActMaxpoolArgs&, Stream); \
+  Status bn_scale_shift(const BnScaleShiftArgs&, Stream); \
+  Status conv_bn_act(const ConvBnActArgs&, Stream);       \
+  Status conv_pack(const ConvPackArgs&, Stream);
+
+namespace cpu {
+
+// Runs body(context, begin, end) over a partition of [0, n) into pieces of at least `grain`, in the
+// caller's thread pool, and returns when all of it is done.
+struct Pool {
+  int threads;
+  void (*run)(int64_t n, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t));
+};
+
+FUSED_RESNET_LAUNCHERS(const Pool&)
+
+int64_t conv_packed_size(DType dtype, const ConvShape& shape);
+
+// The instruction set the kernels run with: the best of "avx512", "avx2", "generic" that the
+// processor and the build have, or the one FUSED_RESNET_ISA names.
+const char* isa();
+
+}  // namespace cpu
+
+namespace cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+FUSED_RESNET_LAUNCHERS(Stream)
+
+}  // namespace cuda
+
+}  // namespace fused_resnet

@@ -1,0 +1,82 @@
+#include "../math.h"
+#include "vec.h"
+
+FR_NAMESPACE_BEGIN
+
+namespace {
+
+struct Window {
+  int64_t begin, end;  // of input positions, in steps of the dilation
+};
+
+FR_VEC Window window(int64_t out, int64_t stride, int64_t padding, int64_t kernel, int64_t dilation,
+                     int64_t size) {
+  int64_t begin = out * stride - padding;
+  const int64_t last = begin + (kernel - 1) * dilation + 1;
+  if (begin < 0) begin += (-begin + dilation - 1) / dilation * dilation;
+  return {begin, last < size ? last : size};
+}
+
+// All positions of one output pixel, `lanes` channels at once; NaN wins, and the first of equals.
+template <class T, class Load>
+FR_VEC Vec<Acc<T>> pool_pixel(const BnActMaxpoolArgs& args, const T* image, Window rows,
+                              Window cols, int64_t pixel_stride, Vec<Acc<T>> scale,
+                              Vec<Acc<T>> shift, Load load_at) {
+  Vec<Acc<T>> best = splat(static_cast<Acc<T>>(-__builtin_inf()));
+  for (int64_t h = rows.begin; h < rows.end; h += args.dilation[0])
+    for (int64_t w = cols.begin; w < cols.end; w += args.dilation[1]) {
+      auto x = load_at(image + (h * args.width + w) * pixel_stride);
+      best = math::maximum(best, math::activate(math::scale_shift(x, scale, shift), args.act));
+    }
+  return best;
+}
+
+}  // namespace
+
+Status bn_act_maxpool(const BnActMaxpoolArgs& args, const Pool& pool) {
+  return dispatch(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const T* x = static_cast<const T*>(args.x);
+    const A* scale = static_cast<const A*>(args.scale);
+    const A* shift = static_cast<const A*>(args.shift);
+    T* out = static_cast<T*>(args.out);
+    const int64_t channels = args.channels;
+    const int64_t image = args.height * args.width, out_image = args.out_height * args.out_width;
+    // A job is one output row of an image (channels_last) or of a channel (contiguous).
+    const int64_t planes = args.channels_last ? args.batch : args.batch * channels;
+    parallel(pool, planes * args.out_height, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t job = begin; job < end; ++job) {
+        const int64_t plane = job / args.out_height, oh = job % args.out_height;
+        const Window rows = window(oh, args.stride[0], args.padding[0], args.kernel[0],
+                                   args.dilation[0], args.height);
+        for (int64_t ow = 0; ow < args.out_width; ++ow) {
+          const Window cols = window(ow, args.stride[1], args.padding[1], args.kernel[1],
+                                     args.dilation[1], args.width);
+          const int64_t to = plane * out_image + oh * args.out_width + ow;
+          if (!args.channels_last) {
+            const int64_t c = plane % channels;
+            auto best = pool_pixel(args, x + plane * image, rows, cols, 1, splat(scale[c]),
+                                   splat(shift[c]), [](const T* p) { return load(p, 1); });
+            store(out + to, best, 1);
+            continue;
+          }
+          const T* from = x + plane * image * channels;
+          int64_t c = 0;
+          for (; c + kLanes<A> <= channels; c += kLanes<A>)
+            store(out + to * channels + c,
+                  pool_pixel(args, from + c, rows, cols, channels, load(scale + c), load(shift + c),
+                             [](const T* p) { return load(p); }));
+          if (int64_t rest = channels - c)
+            store(out + to * channels + c,
+                  pool_pixel(args, from + c, rows, cols, channels, load(scale + c, rest),
+                             load(shift + c, rest), [&](const T* p) { return load(p, rest); }),
+                  rest);
+        }
+      }
+    });
+    return Status::ok;
+  });
+}
+
+FR_NAMESPACE_END

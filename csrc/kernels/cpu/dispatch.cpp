@@ -1,0 +1,76 @@
+// Picks, once a process, the instruction set whose build of the kernels runs.
+#include <cstdlib>
+#include <cstring>
+
+#include "../api.h"
+
+namespace fused_resnet::cpu {
+
+#define DECLARE_ISA(name)                                        \
+  namespace name {                                               \
+  FUSED_RESNET_LAUNCHERS(const Pool&)                            \
+  int64_t conv_packed_size(DType dtype, const ConvShape& shape); \
+  }
+
+DECLARE_ISA(generic)
+#if defined(FUSED_RESNET_HAVE_X86)
+DECLARE_ISA(avx2)
+DECLARE_ISA(avx512)
+#endif
+
+namespace {
+
+enum class Isa { generic, avx2, avx512 };
+constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+
+Isa choose() {
+  Isa best = Isa::generic;
+#if defined(FUSED_RESNET_HAVE_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    best = Isa::avx512;
+#endif
+  // A wish above what the processor has is not granted: it would crash.
+  if (const char* wish = std::getenv("FUSED_RESNET_ISA"))
+    for (int i = 0; i < static_cast<int>(best); ++i)
+      if (std::strcmp(wish, kNames[i]) == 0) return static_cast<Isa>(i);
+  return best;
+}
+
+Isa active() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace
+
+const char* isa() { return kNames[static_cast<int>(active())]; }
+
+#if defined(FUSED_RESNET_HAVE_X86)
+#define CALL(...)                  \
+  switch (active()) {              \
+    case Isa::avx512:              \
+      return avx512::__VA_ARGS__;  \
+    case Isa::avx2:                \
+      return avx2::__VA_ARGS__;    \
+    default:                       \
+      return generic::__VA_ARGS__; \
+  }
+#else
+#define CALL(...) return generic::__VA_ARGS__;
+#endif
+
+Status eltwise_act(const EltwiseActArgs& a, const Pool& p){CALL(eltwise_act(a, p))} Status
+    bn_act(const BnActArgs& a, const Pool& p){CALL(bn_act(a, p))} Status
+    bn_act_maxpool(const BnActMaxpoolArgs& a, const Pool& p){CALL(bn_act_maxpool(a, p))} Status
+    bn_scale_shift(const BnScaleShiftArgs& a, const Pool& p){CALL(bn_scale_shift(a, p))} Status
+    conv_bn_act(const ConvBnActArgs& a, const Pool& p){CALL(conv_bn_act(a, p))} Status
+    conv_pack(const ConvPackArgs& a, const Pool& p){CALL(conv_pack(a, p))} int64_t
+    conv_packed_size(DType d, const ConvShape& s) {
+  CALL(conv_packed_size(d, s))
+}
+
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,41 @@
+// Per-element formulas, shared by every kernel on every device. V is a scalar, or on the CPU a
+// vector of them: comparisons and ?: work on both.
+#pragma once
+
+#include "api.h"
+
+#if defined(__CUDACC__) || defined(FUSED_RESNET_SIMT)
+#define FR_INLINE __host__ __device__ __forceinline__
+#else
+#define FR_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace fused_resnet::math {
+
+// relu(NaN) is NaN and relu(-0) is -0, as torch.relu: only what compares below zero is replaced.
+template <class V>
+FR_INLINE V relu(V x) {
+  return x < V{} ? V{} : x;
+}
+
+template <class V>
+FR_INLINE V activate(V x, Act act) {
+  return act == Act::relu ? relu(x) : x;
+}
+
+// torch.maximum: NaN on either side wins.
+template <class V>
+FR_INLINE V maximum(V a, V b) {
+  V larger = a > b ? a : b;
+  return a != a ? a : larger;
+}
+
+FR_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+FR_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+template <class V>
+FR_INLINE V scale_shift(V x, V scale, V shift) {
+  return x * scale + shift;
+}
+
+}  // namespace fused_resnet::math

@@ -1,0 +1,303 @@
+// The ops, once for all devices: check the arguments, describe them to the kernel, launch. Device
+// gives the launchers of one place (launch(args)), for tensors that are all on it.
+#pragma once
+
+#include <tuple>
+
+#include "checks.h"
+
+namespace fused_resnet::glue {
+
+template <class Device>
+Tensor eltwise_act(std::vector<Tensor> inputs, std::string op,
+                   std::optional<std::vector<double>> coeff, std::string act) {
+  constexpr const char* kOp = "eltwise_act";
+  FR_CHECK(!inputs.empty(), kOp, ": inputs must hold at least one tensor, got none");
+  FR_CHECK(op == "sum" || op == "prod" || op == "max", kOp,
+           ": op must be \"sum\", \"prod\" or \"max\", got \"", op, "\"");
+  FR_CHECK(!coeff || op == "sum", kOp, ": coeff is for op \"sum\" only, got op \"", op, "\"");
+  FR_CHECK(!coeff || coeff->size() == inputs.size(), kOp, ": coeff must hold ", inputs.size(),
+           " numbers, one per input, got ", coeff->size());
+  EltwiseActArgs args{};
+  args.dtype = dtype_of(kOp, "inputs[0]", inputs[0]);
+  args.op = op == "sum" ? EltwiseOp::sum : op == "prod" ? EltwiseOp::prod : EltwiseOp::max;
+  args.act = act_of(kOp, act);
+  const Ints sizes = sizes_of(inputs[0]);
+  for (const Tensor& t : inputs) {
+    check_like(kOp, "every input", t, inputs[0]);
+    check_sizes(kOp, "every input", t, sizes);
+  }
+  // The first input's layout, made dense; the others are copied where theirs differs.
+  Tensor out = torch::stable::empty_like(inputs[0]);
+  std::vector<const void*> pointers;
+  for (Tensor& t : inputs) {
+    bool same = true;
+    for (int64_t d = 0; d < t.dim(); ++d)
+      same = same && (t.size(d) <= 1 || t.stride(d) == out.stride(d));
+    if (!same) {
+      Tensor dense = torch::stable::empty_like(out);
+      torch::stable::copy_(dense, t);
+      t = dense;
+    }
+    pointers.push_back(t.const_data_ptr());
+  }
+  args.count = static_cast<int>(inputs.size());
+  args.inputs = pointers.data();
+  args.coeff = coeff ? coeff->data() : nullptr;
+  args.out = out.mutable_data_ptr();
+  args.numel = out.numel();
+  check_status(kOp, Device(out).launch(args));
+  return out;
+}
+
+inline BnActArgs bn_act_args(const char* op, const Tensor& x, const Tensor& scale,
+                             const Tensor& shift, const MaybeTensor& residual,
+                             const std::string& act, bool channels_last) {
+  const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3);
+  BnActArgs args{};
+  args.dtype = dtype_of(op, "x", x);
+  args.act = act_of(op, act);
+  args.x = x.const_data_ptr();
+  args.scale = scale.const_data_ptr();
+  args.shift = shift.const_data_ptr();
+  args.residual = pointer(residual);
+  args.channels = channels;
+  args.outer = channels_last ? x.size(0) * pixels : x.size(0);
+  args.inner = channels_last ? 1 : pixels;
+  return args;
+}
+
+inline void check_bn_act(const char* op, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                         const MaybeTensor& residual) {
+  check_dim(op, "x", x, 4);
+  dtype_of(op, "x", x);
+  const ScalarType type = accumulation_type(x.scalar_type());
+  check_channels(op, "scale", scale, x.size(1), type, x);
+  check_channels(op, "shift", shift, x.size(1), type, x);
+  if (residual) {
+    check_like(op, "residual", *residual, x);
+    check_sizes(op, "residual", *residual, sizes_of(x));
+  }
+}
+
+template <class Device>
+Tensor bn_act(Tensor x, Tensor scale, Tensor shift, MaybeTensor residual, std::string act) {
+  constexpr const char* kOp = "bn_act";
+  check_bn_act(kOp, x, scale, shift, residual);
+  const bool channels_last = suggests_channels_last(x);
+  x = in_format(x, channels_last);
+  scale = torch::stable::contiguous(scale);
+  shift = torch::stable::contiguous(shift);
+  residual = in_format(residual, channels_last);
+  Tensor out = new_output(x, sizes_of(x), channels_last);
+  BnActArgs args = bn_act_args(kOp, x, scale, shift, residual, act, channels_last);
+  args.out = out.mutable_data_ptr();
+  check_status(kOp, Device(out).launch(args));
+  return out;
+}
+
+template <class Device>
+void bn_act_(Tensor x, Tensor scale, Tensor shift, MaybeTensor residual, std::string act) {
+  constexpr const char* kOp = "bn_act_";
+  check_bn_act(kOp, x, scale, shift, residual);
+  const bool channels_last = suggests_channels_last(x);
+  // A tensor that is not dense is worked on in a copy and written back.
+  Tensor dense = in_format(x, channels_last);
+  scale = torch::stable::contiguous(scale);
+  shift = torch::stable::contiguous(shift);
+  residual = in_format(residual, channels_last);
+  BnActArgs args = bn_act_args(kOp, dense, scale, shift, residual, act, channels_last);
+  args.out = dense.mutable_data_ptr();
+  check_status(kOp, Device(dense).launch(args));
+  if (dense.const_data_ptr() != x.const_data_ptr()) torch::stable::copy_(x, dense);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> bn_scale_shift(Tensor running_mean, Tensor running_var,
+                                          MaybeTensor weight, MaybeTensor bias, double eps) {
+  constexpr const char* kOp = "bn_scale_shift";
+  check_dim(kOp, "running_mean", running_mean, 1);
+  BnScaleShiftArgs args{};
+  args.dtype = dtype_of(kOp, "running_mean", running_mean);
+  const int64_t channels = running_mean.size(0);
+  auto vector = [&](const char* argument, const Tensor& t) {
+    check_channels(kOp, argument, t, channels, running_mean.scalar_type(), running_mean);
+    return torch::stable::contiguous(t);
+  };
+  running_mean = vector("running_mean", running_mean);
+  running_var = vector("running_var", running_var);
+  if (weight) weight = vector("weight", *weight);
+  if (bias) bias = vector("bias", *bias);
+  const ScalarType type = accumulation_type(running_mean.scalar_type());
+  Tensor scale = torch::stable::empty({channels}, type, std::nullopt, running_mean.device());
+  Tensor shift = torch::stable::empty({channels}, type, std::nullopt, running_mean.device());
+  args.mean = running_mean.const_data_ptr();
+  args.var = running_var.const_data_ptr();
+  args.weight = pointer(weight);
+  args.bias = pointer(bias);
+  args.scale = scale.mutable_data_ptr();
+  args.shift = shift.mutable_data_ptr();
+  args.channels = channels;
+  args.eps = eps;
+  check_status(kOp, Device(scale).launch(args));
+  return {scale, shift};
+}
+
+// Output length of a pooling window, as torch.nn.functional.max_pool2d counts it.
+inline int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
+                      int64_t dilation, bool ceil_mode) {
+  const int64_t reach =
+      size + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
+  int64_t out = (reach >= 0 ? reach / stride : (reach - stride + 1) / stride) + 1;
+  // The last window has to begin inside the input or its left padding.
+  if (ceil_mode && (out - 1) * stride >= size + padding) --out;
+  return out;
+}
+
+template <class Device>
+Tensor bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, Ints kernel_size, Ints stride,
+                      Ints padding, Ints dilation, bool ceil_mode, std::string act) {
+  constexpr const char* kOp = "bn_act_maxpool";
+  check_bn_act(kOp, x, scale, shift, std::nullopt);
+  check_pair(kOp, "kernel_size", kernel_size, 1);
+  check_pair(kOp, "stride", stride, 1);
+  check_pair(kOp, "padding", padding, 0);
+  check_pair(kOp, "dilation", dilation, 1);
+  FR_CHECK(padding[0] * 2 <= kernel_size[0] && padding[1] * 2 <= kernel_size[1], kOp,
+           ": padding must be at most half of kernel_size ", text(kernel_size), ", got ",
+           text(padding));
+  const bool channels_last = suggests_channels_last(x);
+  x = in_format(x, channels_last);
+  scale = torch::stable::contiguous(scale);
+  shift = torch::stable::contiguous(shift);
+  BnActMaxpoolArgs args{};
+  args.dtype = dtype_of(kOp, "x", x);
+  args.act = act_of(kOp, act);
+  args.channels_last = channels_last;
+  args.batch = x.size(0);
+  args.channels = x.size(1);
+  args.height = x.size(2);
+  args.width = x.size(3);
+  for (int i = 0; i < 2; ++i) {
+    args.kernel[i] = kernel_size[i];
+    args.stride[i] = stride[i];
+    args.padding[i] = padding[i];
+    args.dilation[i] = dilation[i];
+  }
+  args.out_height =
+      pooled(args.height, kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode);
+  args.out_width =
+      pooled(args.width, kernel_size[1], stride[1], padding[1], dilation[1], ceil_mode);
+  FR_CHECK(args.out_height > 0 && args.out_width > 0, kOp, ": kernel_size ", text(kernel_size),
+           " is larger than the padded input ", text(sizes_of(x)));
+  Tensor out =
+      new_output(x, {args.batch, args.channels, args.out_height, args.out_width}, channels_last);
+  args.x = x.const_data_ptr();
+  args.scale = scale.const_data_ptr();
+  args.shift = shift.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  check_status(kOp, Device(out).launch(args));
+  return out;
+}
+
+inline ConvShape conv_shape(const char* op, const Tensor& weight, int64_t groups) {
+  check_dim(op, "weight", weight, 4);
+  const Ints sizes = sizes_of(weight);
+  FR_CHECK(groups >= 1 && sizes[0] % groups == 0, op,
+           ": groups must be positive and divide the output channels ", sizes[0], ", got ", groups);
+  FR_CHECK(sizes[1] >= 1 && sizes[2] >= 1 && sizes[3] >= 1 && sizes[0] >= 1, op,
+           ": weight must have no dimension of size zero, got ", text(sizes));
+  ConvShape s{};
+  s.in_channels = sizes[1] * groups;
+  s.out_channels = sizes[0];
+  s.kernel[0] = sizes[2];
+  s.kernel[1] = sizes[3];
+  s.groups = groups;
+  return s;
+}
+
+template <class Device>
+Tensor conv_pack(Tensor weight, int64_t groups) {
+  constexpr const char* kOp = "conv_pack";
+  ConvPackArgs args{};
+  args.shape = conv_shape(kOp, weight, groups);
+  args.dtype = dtype_of(kOp, "weight", weight);
+  args.weight = weight.const_data_ptr();
+  for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
+  Tensor packed =
+      torch::stable::empty({Device::packed_size(args.dtype, args.shape)},
+                           accumulation_type(weight.scalar_type()), std::nullopt, weight.device());
+  args.packed = packed.mutable_data_ptr();
+  check_status(kOp, Device(packed).launch(args));
+  return packed;
+}
+
+template <class Device>
+Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift,
+                   MaybeTensor residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                   std::string act, MaybeTensor packed) {
+  constexpr const char* kOp = "conv_bn_act";
+  check_dim(kOp, "x", x, 4);
+  ConvBnActArgs args{};
+  args.dtype = dtype_of(kOp, "x", x);
+  args.act = act_of(kOp, act);
+  ConvShape& s = args.shape;
+  s = conv_shape(kOp, weight, groups);
+  check_like(kOp, "weight", weight, x);
+  check_pair(kOp, "stride", stride, 1);
+  check_pair(kOp, "padding", padding, 0);
+  check_pair(kOp, "dilation", dilation, 1);
+  FR_CHECK(x.size(1) == s.in_channels, kOp, ": x must have ", s.in_channels,
+           " channels for weight ", text(sizes_of(weight)), " and groups ", groups, ", got ",
+           x.size(1));
+  s.batch = x.size(0);
+  s.height = x.size(2);
+  s.width = x.size(3);
+  for (int i = 0; i < 2; ++i) {
+    s.stride[i] = stride[i];
+    s.padding[i] = padding[i];
+    s.dilation[i] = dilation[i];
+  }
+  auto length = [&](int i) {
+    const int64_t reach = x.size(2 + i) + 2 * padding[i] - dilation[i] * (s.kernel[i] - 1) - 1;
+    FR_CHECK(reach >= 0, kOp, ": kernel ", text({s.kernel[0], s.kernel[1]}), " with dilation ",
+             text(dilation), " is larger than the padded input ", text(sizes_of(x)));
+    return reach / stride[i] + 1;
+  };
+  s.out_height = length(0);
+  s.out_width = length(1);
+  const Ints out_sizes = {s.batch, s.out_channels, s.out_height, s.out_width};
+  auto vector = [&](const char* argument, MaybeTensor& t) {
+    if (!t) return;
+    check_channels(kOp, argument, *t, s.out_channels, accumulation_type(x.scalar_type()), x);
+    t = torch::stable::contiguous(*t);
+  };
+  vector("scale", scale);
+  vector("shift", shift);
+  if (residual) {
+    check_like(kOp, "residual", *residual, x);
+    check_sizes(kOp, "residual", *residual, out_sizes);
+  }
+  if (packed) {
+    check_channels(kOp, "packed", *packed, Device::packed_size(args.dtype, s),
+                   accumulation_type(x.scalar_type()), x);
+    packed = torch::stable::contiguous(*packed);
+  }
+  const bool channels_last = suggests_channels_last(x) || suggests_channels_last(weight);
+  // The kernel works in channels_last; a contiguous caller gets its layout back at the end.
+  x = in_format(x, true);
+  residual = in_format(residual, true);
+  Tensor out = new_output(x, out_sizes, true);
+  args.x = x.const_data_ptr();
+  args.weight = packed ? nullptr : weight.const_data_ptr();
+  for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
+  args.packed = pointer(packed);
+  args.scale = pointer(scale);
+  args.shift = pointer(shift);
+  args.residual = pointer(residual);
+  args.out = out.mutable_data_ptr();
+  check_status(kOp, Device(out).launch(args));
+  return channels_last ? out : in_format(out, false);
+}
+
+}  // namespace fused_resnet::glue

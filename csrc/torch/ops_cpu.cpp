@@ -1,0 +1,45 @@
+// The CPU engine's registration.
+#include "ops.h"
+
+namespace fused_resnet::glue {
+namespace {
+
+// torch's own thread pool, as the kernels see it.
+const cpu::Pool& pool() {
+  thread_local cpu::Pool pool{
+      1, [](int64_t n, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t)) {
+        torch::stable::parallel_for(0, n, grain,
+                                    [&](int64_t begin, int64_t end) { body(context, begin, end); });
+      }};
+  pool.threads = static_cast<int>(torch::stable::get_num_threads());
+  return pool;
+}
+
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  Status launch(const EltwiseActArgs& args) { return cpu::eltwise_act(args, pool()); }
+  Status launch(const BnActArgs& args) { return cpu::bn_act(args, pool()); }
+  Status launch(const BnActMaxpoolArgs& args) { return cpu::bn_act_maxpool(args, pool()); }
+  Status launch(const BnScaleShiftArgs& args) { return cpu::bn_scale_shift(args, pool()); }
+  Status launch(const ConvPackArgs& args) { return cpu::conv_pack(args, pool()); }
+  Status launch(const ConvBnActArgs& args) { return cpu::conv_bn_act(args, pool()); }
+
+  static int64_t packed_size(DType dtype, const ConvShape& shape) {
+    return cpu::conv_packed_size(dtype, shape);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
+  library.impl("eltwise_act", TORCH_BOX(&eltwise_act<Cpu>));
+  library.impl("bn_act", TORCH_BOX(&bn_act<Cpu>));
+  library.impl("bn_act_", TORCH_BOX(&bn_act_<Cpu>));
+  library.impl("bn_act_maxpool", TORCH_BOX(&bn_act_maxpool<Cpu>));
+  library.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift<Cpu>));
+  library.impl("conv_pack", TORCH_BOX(&conv_pack<Cpu>));
+  library.impl("conv_bn_act", TORCH_BOX(&conv_bn_act<Cpu>));
+}
+
+}  // namespace fused_resnet::glue

@@ -1,0 +1,37 @@
+// The only list of ops. Each is declared in two namespaces: fused_resnet, implemented by the C++
+// engine (ops_cpu.cpp, ops_cuda.cpp), and fused_resnet_triton, implemented by the Triton package.
+// Both share the fake kernels of fused_resnet/native.py, so shapes and strides are a contract of
+// every engine.
+#include <torch/csrc/stable/library.h>
+
+namespace {
+
+constexpr const char* kOps[] = {
+    "eltwise_act(Tensor[] inputs, str op, float[]? coeff, str act) -> Tensor",
+
+    "bn_scale_shift(Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float "
+    "eps)"
+    " -> (Tensor, Tensor)",
+
+    "bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act) -> Tensor",
+
+    "bn_act_(Tensor(a!) x, Tensor scale, Tensor shift, Tensor? residual, str act) -> ()",
+
+    "bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, int[] kernel_size, int[] stride,"
+    " int[] padding, int[] dilation, bool ceil_mode, str act) -> Tensor",
+
+    "conv_pack(Tensor weight, int groups) -> Tensor",
+
+    "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"
+    " int[] stride, int[] padding, int[] dilation, int groups, str act, Tensor? packed=None)"
+    " -> Tensor",
+};
+
+void declare(torch::stable::detail::StableLibrary& library) {
+  for (const char* op : kOps) library.def(op);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fused_resnet, library) { declare(library); }
+STABLE_TORCH_LIBRARY(fused_resnet_triton, library) { declare(library); }

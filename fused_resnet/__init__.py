@@ -1,0 +1,30 @@
+"""Fused conv + BatchNorm + ReLU and residual add + ReLU for ResNet-family networks.
+
+``fuse(model)`` makes a torchvision model run fused, in place; ``freeze(model, example=x)`` makes a
+copy for serving. See the README.
+"""
+
+from . import engines, functional, models
+from .blocks import BasicBlock, Bottleneck
+from .convert import fuse, report, unfuse
+from .engines import use_engine
+from .freeze import freeze
+from .modules import AddAct, BatchNormAct2d, ConvBNAct2d
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AddAct",
+    "BasicBlock",
+    "BatchNormAct2d",
+    "Bottleneck",
+    "ConvBNAct2d",
+    "engines",
+    "freeze",
+    "functional",
+    "fuse",
+    "models",
+    "report",
+    "unfuse",
+    "use_engine",
+]

@@ -1,0 +1,246 @@
+"""Fused twins of torchvision's blocks: the same class name, constructor, submodules and state_dict.
+
+A twin's forward runs fused wherever :mod:`fused_resnet.conditions` finds no obstacle, and as the
+class's own otherwise. ``functools.wraps`` makes torch.fx and torch.jit.script read that own one.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet as torchvision_resnet
+from torchvision.ops.misc import Conv2dNormActivation as TorchvisionConv2dNormActivation
+
+from . import functional
+from .conditions import BATCH_NORMS, obstacle
+from .modules import conv_bn, convolve, pair_scale_shift
+
+if TYPE_CHECKING:  # every fused class is a module too; its bases bring nn.Module in
+    _Base = Any
+else:
+    _Base = object
+
+
+class Pair(NamedTuple):
+    """A convolution and its BatchNorm, as paths inside a block, with what follows them."""
+
+    conv: str
+    bn: str
+    act: str = "none"
+    residual: bool = False
+
+
+class Fused(_Base):
+    """What the fused classes share. A subclass lists its pairs and runs itself from them."""
+
+    #: Set by freeze: the pairs, each of which has become one FrozenConv where its conv was.
+    if TYPE_CHECKING:  # torch.jit.script takes a class's annotations for its own
+        frozen_pairs: list[Pair] | None
+    else:
+        frozen_pairs = None
+
+    def pairs(self) -> list[Pair]:
+        """The pairs this module runs fused."""
+        return self.find_pairs() if self.frozen_pairs is None else self.frozen_pairs
+
+    def find_pairs(self) -> list[Pair]:
+        raise NotImplementedError
+
+    def skipped(self) -> list[tuple[nn.Module, type]]:
+        """Modules besides the pairs whose call is skipped, each with the type it must be of."""
+        return []
+
+    def run(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def pair(self, p: Pair, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``act(bn(conv(x)) + residual)``."""
+        conv = self.get(p.conv)
+        if self.frozen_pairs is not None:
+            return conv(x, p.act, residual)
+        return conv_bn(conv, self.get(p.bn), x, p.act, residual)
+
+    def get(self, path: str) -> Any:
+        m: Any = self
+        for name in path.split("."):
+            m = m._modules[name]
+        return m
+
+    def obstacle(self, x: Tensor) -> str | None:
+        """Why this module does not run fused for ``x`` right now, or None."""
+        if self.frozen_pairs is not None:
+            return None
+        modules = [(self.get(p.conv), self.get(p.bn)) for p in self.pairs()]
+        return obstacle(modules, self.skipped(), x)
+
+
+def _fused(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Any, x: Any) -> Any:
+        if self.obstacle(x) is not None:
+            return original(self, x)
+        return self.run(x)
+
+    return forward
+
+
+def _is_conv_bn(m: nn.Module | None) -> bool:
+    """Whether a shortcut is a convolution and its BatchNorm, and nothing else."""
+    return (
+        isinstance(m, nn.Sequential)
+        and len(m) == 2
+        and isinstance(m[0], nn.Conv2d)
+        and isinstance(m[1], BATCH_NORMS)
+        and not m._forward_hooks
+        and not m._forward_pre_hooks
+    )
+
+
+_SHORTCUT = Pair("downsample.0", "downsample.1")
+
+
+class _Residual(Fused):
+    """A residual block: its convolutions one after the other, the last with the shortcut added."""
+
+    if TYPE_CHECKING:
+        chain: tuple[Pair, ...]
+        downsample: nn.Module | None
+        relu: nn.Module
+
+    def find_pairs(self) -> list[Pair]:
+        return [*self.chain, _SHORTCUT] if _is_conv_bn(self.downsample) else list(self.chain)
+
+    def skipped(self) -> list[tuple[nn.Module, type]]:
+        return [(self.relu, nn.ReLU)]
+
+    def run(self, x: Tensor) -> Tensor:
+        if self.downsample is None:
+            shortcut = x
+        elif _SHORTCUT in self.pairs():
+            shortcut = self.pair(_SHORTCUT, x)
+        else:
+            shortcut = self.downsample(x)
+        y = x
+        for p in self.chain:
+            y = self.pair(p, y, shortcut if p.residual else None)
+        return y
+
+
+class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
+    """:class:`torchvision.models.resnet.BasicBlock`, fused."""
+
+    chain = (Pair("conv1", "bn1", "relu"), Pair("conv2", "bn2", "relu", residual=True))
+    forward = _fused(torchvision_resnet.BasicBlock.forward)
+
+
+class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
+    """:class:`torchvision.models.resnet.Bottleneck`, fused."""
+
+    chain = (
+        Pair("conv1", "bn1", "relu"),
+        Pair("conv2", "bn2", "relu"),
+        Pair("conv3", "bn3", "relu", residual=True),
+    )
+    forward = _fused(torchvision_resnet.Bottleneck.forward)
+
+
+class ResNet(Fused, torchvision_resnet.ResNet):
+    """:class:`torchvision.models.ResNet` with a fused stem: conv, then BN + ReLU + max pooling."""
+
+    def find_pairs(self) -> list[Pair]:
+        return [Pair("conv1", "bn1", "relu")]
+
+    def skipped(self) -> list[tuple[nn.Module, type]]:
+        return [(self.relu, nn.ReLU), (self.maxpool, nn.MaxPool2d)]
+
+    def obstacle(self, x: Tensor) -> str | None:
+        if self.maxpool.return_indices:
+            return "maxpool returns indices"
+        return super().obstacle(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        if self.frozen_pairs is None:
+            y = self.stem(x)
+        else:
+            y = self.maxpool(self.pair(self.frozen_pairs[0], x))
+        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
+        return self.fc(torch.flatten(self.avgpool(y), 1))
+
+    def stem(self, x: Tensor) -> Tensor:
+        """``maxpool(relu(bn1(conv1(x))))``: the convolution's output is read once, as it is."""
+        pool = self.maxpool
+        scale, shift = pair_scale_shift(self.conv1, self.bn1)
+        return functional.bn_act_maxpool(
+            convolve(self.conv1, x),
+            scale,
+            shift,
+            pool.kernel_size,
+            pool.stride,
+            pool.padding,
+            pool.dilation,
+            pool.ceil_mode,
+        )
+
+    forward = _fused(torchvision_resnet.ResNet.forward)
+
+
+class _Chain(Fused):
+    """A sequence in which a convolution, its BatchNorm and maybe a ReLU are one step."""
+
+    def find_pairs(self) -> list[Pair]:
+        names = list(self._modules)
+        found = []
+        for i, (name, following) in enumerate(itertools.pairwise(names)):
+            conv, bn = self._modules[name], self._modules[following]
+            if isinstance(conv, nn.Conv2d) and isinstance(bn, BATCH_NORMS):
+                relu = i + 2 < len(names) and type(self._modules[names[i + 2]]) is nn.ReLU
+                found.append(Pair(name, following, "relu" if relu else "none"))
+        return found
+
+    def skipped(self) -> list[tuple[nn.Module, type]]:
+        names = list(self._modules)
+        return [
+            (self._modules[names[names.index(p.bn) + 1]], nn.ReLU)
+            for p in self.pairs()
+            if p.act == "relu"
+        ]
+
+    def run(self, x: Tensor) -> Tensor:
+        pairs = {p.conv: p for p in self.pairs()}
+        done: list[str] = []
+        names = list(self._modules)
+        for i, name in enumerate(names):
+            if name in done:
+                continue
+            if name in pairs:
+                p = pairs[name]
+                x = self.pair(p, x)
+                done += names[i + 1 : i + 3] if p.act == "relu" else [p.bn]
+            else:
+                x = self._modules[name](x)
+        return x
+
+
+class Sequential(_Chain, nn.Sequential):
+    """:class:`torch.nn.Sequential` holding conv, BatchNorm and ReLU in a row, fused."""
+
+    forward = _fused(nn.Sequential.forward)
+
+
+class Conv2dNormActivation(_Chain, TorchvisionConv2dNormActivation):
+    """:class:`torchvision.ops.Conv2dNormActivation`, fused."""
+
+    forward = _fused(TorchvisionConv2dNormActivation.forward)
+
+
+#: What fuse swaps: the class a module must be of, exactly, and its fused twin.
+TWINS: dict[type, type] = {
+    torchvision_resnet.BasicBlock: BasicBlock,
+    torchvision_resnet.Bottleneck: Bottleneck,
+    torchvision_resnet.ResNet: ResNet,
+    nn.Sequential: Sequential,
+    TorchvisionConv2dNormActivation: Conv2dNormActivation,
+}

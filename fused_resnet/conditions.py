@@ -1,0 +1,123 @@
+"""What must hold for a conv/BatchNorm pair to run fused.
+
+Asked at every call, because hooks, pruning, a converted BatchNorm or sharded parameters can come at
+any time after fusing.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torchvision.ops import FrozenBatchNorm2d
+
+from . import engines
+
+# Modules are typed Any below: nn.Module's attributes are Tensor | Module to a type checker.
+
+BATCH_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
+
+
+def _hooked(m: nn.Module) -> bool:
+    return bool(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    )
+
+
+def plain(m: nn.Module, kinds: Iterable[type]) -> str | None:
+    """Why skipping ``m``'s own call would be noticed, or None.
+
+    It must be of one of these very types, unhooked, with its class's forward.
+    """
+    if type(m) not in kinds:
+        return f"it is a {type(m).__name__}"
+    if _hooked(m):
+        return "it has hooks"
+    if "forward" in m.__dict__:
+        return "its forward is overridden on the instance"
+    return None
+
+
+def pair_obstacle(conv: Any, bn: Any) -> str | None:
+    """Why this pair can never run fused as the modules stand now, or None."""
+    if (reason := plain(conv, (nn.Conv2d,))) is not None:
+        return f"conv: {reason}"
+    if (reason := plain(bn, BATCH_NORMS)) is not None:
+        return f"bn: {reason}"
+    if conv.padding_mode != "zeros":
+        return f"conv: padding_mode is {conv.padding_mode!r}"
+    if not isinstance(conv.padding, tuple):
+        return f"conv: padding is {conv.padding!r}"
+    if hasattr(conv.weight, "placements") or hasattr(bn.weight, "placements"):
+        return "parameters are sharded"
+    if bn.running_mean is None:
+        return "bn: it keeps no running statistics"
+    if bn.running_mean.shape[0] != conv.out_channels:
+        return "bn: it has another number of channels than conv"
+    return None
+
+
+def _dtype_obstacle(conv: Any, bn: Any, x: Tensor) -> str | None:
+    """Dtypes torch refuses, or computes with another meaning, are left to torch."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    elif conv.weight.dtype != dtype:
+        return "input and weight differ in dtype"
+    half = dtype in (torch.float16, torch.bfloat16)
+    for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
+        if t is not None and t.dtype != dtype and not (half and t.dtype == torch.float32):
+            return "bn and activations differ in dtype"
+    if conv.weight.device != x.device or bn.running_mean.device != x.device:
+        return "tensors are on different devices"
+    return None
+
+
+def obstacle(
+    pairs: Sequence[tuple[Any, Any]],
+    skipped: Sequence[tuple[nn.Module, type]],
+    x: Tensor,
+    residual: Tensor | None = None,
+) -> str | None:
+    """Why ``pairs`` cannot run fused for input ``x`` right now, or None.
+
+    Args:
+        pairs: the convolutions and their BatchNorms.
+        skipped: other modules whose call is skipped, each with the type it must be of.
+        x: the input, of any type: anything but a 4-D tensor (an fx proxy, say) is an obstacle.
+        residual: a further input.
+    """
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.dtype.is_floating_point:
+        return "input is not a 4-D floating point tensor"
+    if nn_module._has_any_global_hook():
+        return "global module hooks are set"
+    for m, kind in skipped:
+        if (reason := plain(m, (kind,))) is not None:
+            return f"{kind.__name__}: {reason}"
+    for conv, bn in pairs:
+        if (reason := pair_obstacle(conv, bn)) is not None:
+            return reason
+        if bn.training and type(bn) is nn.BatchNorm2d:
+            return "bn: it takes its statistics from the batch"
+        if bn.eps <= 0:
+            return "bn: eps is not positive"
+        if (reason := _dtype_obstacle(conv, bn, x)) is not None:
+            return reason
+    if torch.is_grad_enabled():
+        tensors = [x, residual]
+        for conv, bn in pairs:
+            tensors += [conv.weight, conv.bias, bn.weight, bn.bias]
+        if any(t is not None and t.requires_grad for t in tensors):
+            return "a gradient is needed"
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a functorch transform is active"
+        if torch.jit.is_tracing():
+            return "torch.jit.trace is recording"
+    if (
+        engines.wish() == "auto"
+        and engines.choose("conv_bn_act", x.device.type, x.dtype) == "reference"
+    ):
+        return f"there are no kernels for {x.dtype} on {x.device.type}"
+    return None

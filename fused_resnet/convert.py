@@ -1,0 +1,192 @@
+"""``fuse``, ``unfuse`` and ``report``: swap modules to fused twins, and say what came of it."""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .blocks import TWINS, Fused
+from .conditions import BATCH_NORMS, pair_obstacle, plain
+
+M = TypeVar("M", bound=nn.Module)
+
+_ORIGINALS = {twin: original for original, twin in TWINS.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A convolution and its BatchNorm: their paths in the model, and why they are not fused."""
+
+    conv: str
+    bn: str
+    reason: str | None
+
+    @property
+    def fused(self) -> bool:
+        return self.reason is None
+
+
+class Report(list[Entry]):
+    """The conv/BatchNorm pairs of a model; prints as a table."""
+
+    @property
+    def unfused(self) -> "list[Entry]":
+        return [e for e in self if not e.fused]
+
+    def __str__(self) -> str:
+        width = max((len(e.conv) for e in self), default=0)
+        lines = [f"{e.conv:<{width}}  {e.reason or 'fused'}" for e in self]
+        total = f"{len(self) - len(self.unfused)} of {len(self)} conv/BatchNorm pairs fused"
+        return "\n".join([*lines, total])
+
+
+def _check_model(op: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    # Looked up by name: a class whose module was never imported has no instances.
+    wrappers = {
+        "torch._dynamo.eval_frame": ("OptimizedModule", "torch.compile"),
+        "torch.nn.parallel.distributed": ("DistributedDataParallel", "DistributedDataParallel"),
+        "torch.distributed.fsdp": ("FullyShardedDataParallel", "FSDP"),
+        "torch.distributed.fsdp._fully_shard": ("FSDPModule", "fully_shard"),
+        "torch.jit": ("ScriptModule", "torch.jit.script"),
+    }
+    for source, (name, what) in wrappers.items():
+        kind = getattr(sys.modules.get(source), name, None)
+        for path, m in model.named_modules():
+            if kind is not None and isinstance(m, kind):
+                where = f"{path!r} is" if path else "the model is"
+                raise RuntimeError(f"{op}: {op} before {what}, not after; {where} already wrapped")
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with a fused twin, whether swapped already or not, that hold a pair."""
+    inside: set[nn.Module] = set()
+    for path, m in model.named_modules():
+        kind = _ORIGINALS.get(type(m), type(m))
+        if kind not in TWINS or m in inside:
+            continue
+        twin = _as_twin(m)
+        if not twin.pairs():
+            continue
+        # A block runs its own shortcut: that Sequential is not swapped beside it.
+        shortcut = m._modules.get("downsample")
+        if shortcut is not None and any(p.conv.startswith("downsample.") for p in twin.pairs()):
+            inside.add(shortcut)
+        yield path, m
+
+
+def _as_twin(m: nn.Module) -> Fused:
+    """A view of ``m`` as its fused twin, sharing its attributes; ``m`` itself is not changed."""
+    if isinstance(m, Fused):
+        return m
+    twin = TWINS[type(m)]
+    view: Any = object.__new__(twin)
+    view.__dict__ = m.__dict__
+    return view
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _entries(model: nn.Module) -> Report:
+    report = Report()
+    seen: set[tuple[nn.Module, nn.Module]] = set()
+    for path, m in _candidates(model):
+        twin = _as_twin(m)
+        overridden = None
+        if "forward" in m.__dict__:
+            overridden = "the block's forward is overridden on the instance"
+        for other, kind in twin.skipped():
+            if overridden is None and (reason := plain(other, (kind,))) is not None:
+                overridden = f"the block's {kind.__name__}: {reason}"
+        for p in twin.pairs():
+            conv, bn = twin.get(p.conv), twin.get(p.bn)
+            seen.add((conv, bn))
+            reason = overridden or pair_obstacle(conv, bn)
+            report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
+    for path, m in model.named_modules():
+        names = list(m._modules)
+        for name, following in itertools.pairwise(names):
+            conv, bn = m._modules[name], m._modules[following]
+            if not isinstance(conv, nn.Conv2d) or (conv, bn) in seen:
+                continue
+            if isinstance(bn, BATCH_NORMS) or _is_norm(bn):
+                reason = f"{type(m).__name__} is not a class that can be fused"
+                if isinstance(m, nn.Sequential | Fused):
+                    reason = pair_obstacle(conv, bn) or reason
+                report.append(Entry(_join(path, name), _join(path, following), reason))
+    return report
+
+
+def _is_norm(m: nn.Module | None) -> bool:
+    return isinstance(m, nn.modules.batchnorm._NormBase)
+
+
+def fuse(model: M, *, strict: bool = False) -> M:
+    """Make ``model`` run fused, in place.
+
+    Modules of known classes (torchvision's ResNet and its blocks, ``Conv2dNormActivation``, and
+    ``nn.Sequential`` where it holds a convolution followed by its BatchNorm) get the class of their
+    fused twin. Parameters, buffers, names, ``state_dict`` and ``isinstance`` stay as they are. What
+    cannot run fused, at conversion or at any later call, runs as before; :func:`report` says why.
+
+    Args:
+        model: any module. Fuse before ``torch.compile``, ``DistributedDataParallel`` and sharding.
+        strict: raise if any conv/BatchNorm pair is left unfused; nothing is changed then.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: ``model`` is compiled, scripted or wrapped; ``strict``, and a pair is unfused.
+    """
+    _check_model("fuse", model)
+    if strict and (unfused := _entries(model).unfused):
+        reasons = "; ".join(f"{e.conv}: {e.reason}" for e in unfused)
+        raise RuntimeError(f"fuse: strict, and {len(unfused)} pairs cannot be fused: {reasons}")
+    for _, m in list(_candidates(model)):
+        if type(m) in TWINS and "forward" not in m.__dict__:
+            m.__class__ = TWINS[type(m)]
+    return model
+
+
+def unfuse(model: M) -> M:
+    """Undo :func:`fuse`, in place: every module gets its own class back. Returns ``model``."""
+    _check_model("unfuse", model)
+    for m in model.modules():
+        if type(m) in _ORIGINALS:
+            m.__class__ = _ORIGINALS[type(m)]
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """Every convolution and its BatchNorm in ``model``: fused, or why not.
+
+    What depends on a call (training mode, a gradient that is needed, dtypes) is not in it: the
+    module's ``obstacle(x)`` tells that.
+
+    Returns:
+        A list of :class:`Entry` that prints as a table.
+    """
+    entries = _entries(model)
+    fused_paths = {path for path, m in model.named_modules() if isinstance(m, Fused)}
+    return Report(
+        e
+        if not e.fused or _owner(e.conv, fused_paths)
+        else Entry(e.conv, e.bn, "fuse was not called")
+        for e in entries
+    )
+
+
+def _owner(path: str, owners: set[str]) -> bool:
+    """Whether the module at ``path`` lies in one of ``owners``, at most through a shortcut."""
+    parent, _, _ = path.rpartition(".")
+    return parent in owners or (
+        parent.endswith("downsample") and parent.rpartition(".")[0] in owners
+    )

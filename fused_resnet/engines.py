@@ -1,0 +1,128 @@
+"""Which implementation of an op runs: one pure function chooses, from facts and a wish.
+
+========== ================================================================================
+engine     what it is
+========== ================================================================================
+reference  plain torch, any floating dtype; the specification
+native     our C++ kernels
+triton     our Triton kernels
+vendor     torch's own convolution with our kernels around it; elsewhere the same as native
+========== ================================================================================
+
+``auto``, the default, takes the safe choice for what is asked. Any other wish is met or raises.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from . import native, reference, vendor
+
+ENGINES = ("auto", "reference", "native", "triton", "vendor")
+OPS = ("eltwise_act", "bn_scale_shift", "bn_act", "bn_act_maxpool", "conv_bn_act")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Ops with a C++ kernel, per device.
+_NATIVE = {"cpu": frozenset(OPS), "cuda": frozenset({"eltwise_act"})}
+
+
+class EngineError(RuntimeError):
+    """The engine asked for cannot run the op; the message says why."""
+
+
+def _check_name(name: str) -> str:
+    if name not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    return name
+
+
+_wish: ContextVar[str | None] = ContextVar("fused_resnet_engine", default=None)
+
+
+def wish() -> str:
+    """The engine asked for by the innermost :func:`use_engine`, else by ``FUSED_RESNET_ENGINE``."""
+    return _wish.get() or _environment_wish()
+
+
+@functools.cache
+def _environment_wish() -> str:
+    return _check_name(os.environ.get("FUSED_RESNET_ENGINE") or "auto")
+
+
+@contextlib.contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Run every op inside the ``with`` on the engine ``name``, in this thread or task.
+
+    Args:
+        name: ``"auto"``, ``"reference"``, ``"native"``, ``"triton"`` or ``"vendor"``.
+
+    Raises:
+        ValueError: ``name`` is no engine.
+        EngineError: on entry, if the engine can run nothing here; later, by an op it cannot run.
+    """
+    reason = unavailable(_check_name(name))
+    if reason is not None:
+        raise EngineError(f"engine {name!r} is not available: {reason}")
+    token = _wish.set(name)
+    try:
+        yield
+    finally:
+        _wish.reset(token)
+
+
+def unavailable(engine: str) -> str | None:
+    """Why ``engine`` can run nothing at all here, or None."""
+    return "it has no kernels in this version" if engine == "triton" else None
+
+
+def why_not(engine: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why ``engine`` cannot run ``op`` for tensors of ``dtype`` on a ``device`` type, or None."""
+    if engine == "reference":
+        return None if dtype.is_floating_point else f"{op} is for floating point, got {dtype}"
+    if (reason := unavailable(engine)) is not None:
+        return reason
+    if dtype not in DTYPES:
+        return f"{op} is for float32, float64, bfloat16 and float16, got {dtype}"
+    if device not in _NATIVE:
+        return f"there are no kernels for device {device!r}"
+    if device == "cuda" and native.cuda_why_not is not None:
+        return native.cuda_why_not
+    # The vendor's convolution needs our bn_act after it.
+    needed = "bn_act" if engine == "vendor" and op == "conv_bn_act" else op
+    if needed not in _NATIVE[device]:
+        return f"{needed} has no {device} kernel in this version"
+    return None
+
+
+@functools.cache
+def choose(op: str, device: str, dtype: torch.dtype, wished: str = "auto") -> str:
+    """The engine that runs ``op`` for tensors of ``dtype`` on a ``device`` type. Pure.
+
+    Raises:
+        EngineError: ``wished`` is not ``auto`` and cannot run the op.
+        NotImplementedError: no engine can, because ``dtype`` is not floating point.
+    """
+    if wished != "auto":
+        reason = why_not(wished, op, device, dtype)
+        if reason is not None:
+            raise EngineError(f"{op}: engine {wished!r} cannot run it: {reason}")
+        return wished
+    for engine in ("native", "vendor", "reference"):
+        if why_not(engine, op, device, dtype) is None:
+            return engine
+    raise NotImplementedError(f"{op}: {why_not('reference', op, device, dtype)}")
+
+
+def implementation(op: str, engine: str) -> Callable[..., Any]:
+    """The callable that runs ``op`` on ``engine``; all take the arguments of the op's schema."""
+    if engine == "reference":
+        return getattr(reference, op)
+    if engine == "vendor" and op == "conv_bn_act":
+        return vendor.conv_bn_act
+    namespace = "fused_resnet_triton" if engine == "triton" else "fused_resnet"
+    return getattr(getattr(torch.ops, namespace), op).default

@@ -1,0 +1,288 @@
+"""``freeze``: a copy of a model for serving, with constant weights laid out for the kernels."""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import vendor
+from .blocks import Fused
+from .conditions import pair_obstacle, plain
+from .convert import fuse
+from .modules import pair_scale_shift
+from .reference import accumulation_dtype
+
+#: A layer is folded only where every folded weight is within this of its float64 value, relative to
+#: the largest of its channel. Overflow, NaN and vanishing scales fall outside.
+FOLD_BOUND = 2.0**-22
+
+
+def _fold(weight: Tensor, scale: Tensor) -> Tensor | None:
+    """``weight * scale`` in the accumulation type, or None where it loses more than FOLD_BOUND."""
+    column = (-1, 1, 1, 1)
+    folded = weight.to(scale.dtype) * scale.view(column)
+    if not torch.isfinite(folded).all():
+        return None
+    exact = weight.double() * scale.double().view(column)
+    error = (folded.double() - exact).abs().amax((1, 2, 3))
+    return folded if bool((error <= FOLD_BOUND * exact.abs().amax((1, 2, 3))).all()) else None
+
+
+class FrozenConv(nn.Module):
+    """A convolution and its BatchNorm with constant weights: ``act(conv(x) * scale + shift + r)``.
+
+    In float32 and float64 the scale is folded into the weight; in half types, where rounding folded
+    weights costs accuracy and the epilogue's multiplication costs nothing, it stays beside it. The
+    packed weight is derived: it is rebuilt after copying, loading and moving, and never saved.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        live_scale, live_shift = pair_scale_shift(conv, bn)
+        scale = live_scale.to(accumulation_dtype(dtype))
+        weight = conv.weight.detach().to(dtype)
+        folded = _fold(weight, scale) if dtype == scale.dtype else None
+        weight = (weight if folded is None else folded).clone(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale if folded is None else None)
+        self.register_buffer("shift", live_shift.to(scale.dtype))
+        self.geometry: tuple[list[int], list[int], list[int], int] = (
+            list(conv.stride),
+            list(conv.padding),  # type: ignore[arg-type]
+            list(conv.dilation),
+            conv.groups,
+        )
+        self.engine = "native"
+        self._packed: Tensor | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether BatchNorm's scale is inside the weight."""
+        return self.scale is None
+
+    def forward(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> Tensor:
+        args = (x, self.weight, self.scale, self.shift, residual, *self.geometry, act)
+        # Compiled and exported programs carry plain weights only.
+        if torch.compiler.is_compiling():
+            return torch.ops.fused_resnet.conv_bn_act(*args)
+        if self.engine == "vendor":
+            return vendor.conv_bn_act(*args)
+        if self._packed is None:
+            self._packed = torch.ops.fused_resnet.conv_pack(self.weight, self.geometry[3])
+        return torch.ops.fused_resnet.conv_bn_act(*args, self._packed)
+
+    def tune(self, x: Tensor, repeats: int = 3) -> None:
+        """Keep whichever engine runs this layer faster on ``x``."""
+        times = {}
+        for self.engine in ("native", "vendor"):
+            self.forward(x)
+            times[self.engine] = min(_seconds(self.forward, x) for _ in range(repeats))
+        self.engine = min(times, key=times.__getitem__)
+
+    def forget(self) -> None:
+        """Drop the packed weight; the next call packs again."""
+        self._packed = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, *kernel = self.weight.shape
+        stride, padding, dilation, groups = self.geometry
+        return (
+            f"{in_channels * groups}, {out_channels}, kernel_size={tuple(kernel)}, "
+            f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, "
+            f"folded={self.folded}, engine={self.engine!r}"
+        )
+
+
+def _seconds(f: Callable[[Tensor], Any], x: Tensor) -> float:
+    start = time.perf_counter()
+    f(x)
+    return time.perf_counter() - start
+
+
+class Frozen(nn.Module):
+    """What :func:`freeze` returns: call it to run the model. It cannot be trained or retyped.
+
+    Attributes:
+        model: the frozen copy.
+        errors: for ``"eager"`` (the source) and ``"frozen"``, the mean and the maximum error of the
+            outputs on the example against the source in float64, relative to the largest output.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype, self.device = dtype, device
+        self.errors: dict[str, dict[str, float]] = {}
+        super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def prepare(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+                return x
+            if x.dtype != self.dtype or x.device != self.device:
+                raise RuntimeError(
+                    f"frozen model: input must be {self.dtype} on {self.device}, got {x.dtype} on "
+                    f"{x.device}; freeze the source again for another"
+                )
+            if x.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "frozen model: input must not require grad; it has no backward, its source has"
+                )
+            return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+        args, kwargs = tree_map(prepare, (args, kwargs))
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "Frozen":
+        if mode:
+            raise RuntimeError(
+                "frozen model: it cannot be trained; train its source and freeze again"
+            )
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if moved.dtype != self.dtype or moved.device != self.device:
+            raise RuntimeError(
+                f"frozen model: it stays {self.dtype} on {self.device}, asked for {moved.dtype} on "
+                f"{moved.device}; freeze the source again instead"
+            )
+        return super()._apply(fn, recurse)
+
+
+def _freeze_block(m: Fused, dtype: torch.dtype) -> None:
+    pairs = m.pairs()
+    for p in pairs:
+        path, _, name = p.conv.rpartition(".")
+        bn_name = p.bn.rpartition(".")[2]
+        owner = m.get(path) if path else m
+        owner._modules[name] = FrozenConv(m.get(p.conv), m.get(p.bn), dtype)
+        owner._modules[bn_name] = nn.Identity()
+    m.frozen_pairs = pairs
+
+
+def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) -> Frozen:
+    """A copy of ``model`` for serving: constant weights packed for the kernels, tuned.
+
+    The copy shares no storage with ``model`` and takes any batch and image size. It can be copied,
+    pickled, saved, compiled and exported; it cannot be trained, retyped or moved.
+
+    Args:
+        model: a module in evaluation mode, fused or not. What :func:`fuse` can fuse is frozen; the
+            rest is copied as it is.
+        example: an input, or a tuple of inputs, as the model will see it: layers are tuned and
+            errors measured on it.
+        dtype: float32, bfloat16, float16 or float64 to convert to; default: the model's own.
+
+    Returns:
+        A module with the same call signature; its ``errors`` tell how far its outputs and the
+        source's lie from the source in float64 on the example.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``dtype`` is not a floating point type.
+        RuntimeError: ``model`` is in training mode, compiled, scripted or wrapped, or spread over
+            several devices or dtypes.
+    """
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise TypeError(f"freeze: dtype must be a floating point torch.dtype, got {dtype!r}")
+    if isinstance(model, nn.Module) and model.training:
+        raise RuntimeError("freeze: model must be in evaluation mode: call model.eval() first")
+    inputs = example if isinstance(example, tuple) else (example,)
+    frozen_model = fuse(copy.deepcopy(model))
+    tensors = [*model.parameters(), *model.buffers()]
+    kinds = {(t.dtype, t.device) for t in tensors if t.dtype.is_floating_point}
+    convolutions = {m.weight.dtype for m in model.modules() if isinstance(m, nn.Conv2d)}
+    devices = {device for _, device in kinds}
+    if len(devices) > 1 or len(convolutions) > 1:
+        raise RuntimeError(
+            f"freeze: model must be on one device with convolutions of one dtype, got "
+            f"{sorted(map(str, devices))} and {sorted(map(str, convolutions))}"
+        )
+    device = devices.pop() if devices else torch.device("cpu")
+    own = convolutions.pop() if convolutions else torch.get_default_dtype()
+    dtype = dtype or own
+    with torch.no_grad():
+        for m in list(frozen_model.modules()):
+            if isinstance(m, Fused) and not _static_obstacle(m):
+                _freeze_block(m, dtype)
+        frozen_model.requires_grad_(False)
+        for m in frozen_model.modules():
+            if not isinstance(m, FrozenConv):
+                m._apply(lambda t: _cast(t, dtype), recurse=False)
+        frozen = Frozen(frozen_model, dtype, device)
+        served = tree_map(lambda t: _cast(t, dtype), inputs)
+        if device.type == "cpu":
+            _tune(frozen, served)
+        frozen.errors = _errors(model, frozen, inputs, served, dtype)
+    return frozen
+
+
+def _cast(t: Any, dtype: torch.dtype) -> Any:
+    return t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point else t
+
+
+def _static_obstacle(m: Fused) -> bool:
+    return any(pair_obstacle(m.get(p.conv), m.get(p.bn)) for p in m.pairs()) or any(
+        plain(other, (kind,)) for other, kind in m.skipped()
+    )
+
+
+def _tune(frozen: Frozen, inputs: Any) -> None:
+    """Time the engines of every distinct layer on the inputs it gets when the example is run."""
+    seen: dict[Any, str] = {}
+
+    def before(m: Any, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        key = (x.shape, m.weight.shape, str(m.geometry))
+        if key not in seen:
+            m.tune(x)
+            seen[key] = m.engine
+        m.engine = seen[key]
+        m.forget()
+
+    layers = [m for m in frozen.modules() if isinstance(m, FrozenConv)]
+    hooks = [m.register_forward_pre_hook(before) for m in layers]
+    frozen(*inputs)
+    for hook in hooks:
+        hook.remove()
+
+
+def _errors(
+    source: nn.Module, frozen: Frozen, inputs: Any, served: Any, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
+    truth = _outputs(
+        copy.deepcopy(source).double(), tree_map(lambda t: _cast(t, torch.float64), inputs)
+    )
+    eager = copy.deepcopy(source).to(dtype)
+    result = {}
+    for name, outputs in (("eager", _outputs(eager, served)), ("frozen", _outputs(frozen, served))):
+        largest = max((float(t.abs().max()) for t in truth if t.numel()), default=0.0) or 1.0
+        errors = [(a.double() - b).abs().flatten() for a, b in zip(outputs, truth, strict=True)]
+        every = torch.cat(errors) / largest if errors else torch.zeros(1)
+        result[name] = {"mean": float(every.mean()), "max": float(every.max())}
+    return result
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    leaves = tree_leaves(model(*inputs))
+    return [t for t in leaves if isinstance(t, Tensor) and t.dtype.is_floating_point]

@@ -1,0 +1,320 @@
+"""The ops as functions, in the manner of :mod:`torch.nn.functional`.
+
+Each checks its arguments, lets :mod:`fused_resnet.engines` choose, and calls. Where a gradient is
+needed the formulas of :mod:`fused_resnet.reference` run instead, which autograd differentiates.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import engines
+
+__all__ = [
+    "add_act",
+    "bn_act",
+    "bn_act_maxpool",
+    "bn_scale_shift",
+    "conv_bn_act",
+    "eltwise_act",
+]
+
+_ACTS = ("none", "relu")
+
+
+def check_act(op: str, act: str) -> None:
+    """Raise ValueError unless ``act`` is an activation there is."""
+    if act not in _ACTS:
+        raise ValueError(f'{op}: act must be "none" or "relu", got {act!r}')
+
+
+def _pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise RuntimeError(
+            f"{op}: {name} must be one or two integers of at least {least}, got {value!r}"
+        )
+    return pair
+
+
+def _check_image(op: str, x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: expected 4D input (got {x.dim()}D input)")
+
+
+def _check_channels(op: str, channels: int, **vectors: Tensor | None) -> None:
+    for name, v in vectors.items():
+        if v is not None and v.shape != (channels,):
+            raise RuntimeError(
+                f"{op}: {name} should contain {channels} elements, got shape {tuple(v.shape)}"
+            )
+
+
+def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd would record an op over these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _run(op: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
+    """Choose an engine for ``op`` by its first tensor, and call it; tensors may need gradients."""
+    x = tensors[0]
+    if x is None or not x.dtype.is_floating_point:
+        got = "None" if x is None else x.dtype
+        raise NotImplementedError(f"{op}: input must be a floating point tensor, got {got}")
+    wished = engines.wish()
+    if needs_grad(tensors):
+        if wished not in ("auto", "reference"):
+            raise engines.EngineError(
+                f"{op}: engine {wished!r} has no backward for it; an input requires grad"
+            )
+        wished = "reference"
+    engine = engines.choose(op, x.device.type, x.dtype, wished)
+    implementation = engines.implementation(op, engine)
+    return implementation(*args)
+
+
+def eltwise_act(
+    inputs: Sequence[Tensor],
+    op: str = "sum",
+    coeff: Sequence[float] | None = None,
+    act: str = "none",
+) -> Tensor:
+    r"""Combine tensors element by element, then activate (Caffe's Eltwise layer).
+
+    .. math:: y = act(c_1 x_1 + c_2 x_2 + \dots), \quad act(x_1 x_2 \dots)
+        \quad\text{or}\quad act(\max(x_1, x_2, \dots))
+
+    Args:
+        inputs: one or more floating point tensors; shapes broadcast and dtypes promote as in
+            :func:`torch.add`. Half types are accumulated in float32 and rounded once.
+        op: ``"sum"``, ``"prod"`` or ``"max"`` (NaN wins, as :func:`torch.maximum`).
+        coeff: one number per input, for ``"sum"`` only.
+        act: ``"none"`` or ``"relu"``.
+
+    Returns:
+        A tensor of the broadcast shape, the promoted dtype and the layout torch's op would give it.
+
+    Raises:
+        ValueError: an unknown ``op`` or ``act``, no inputs, or ``coeff`` of another length.
+        RuntimeError: shapes that do not broadcast.
+        NotImplementedError: inputs that are not floating point.
+    """
+    name = "eltwise_act"
+    check_act(name, act)
+    inputs = list(inputs)
+    if not inputs:
+        raise ValueError(f"{name}: inputs must hold at least one tensor, got none")
+    if op not in ("sum", "prod", "max"):
+        raise ValueError(f'{name}: op must be "sum", "prod" or "max", got {op!r}')
+    if coeff is not None and op != "sum":
+        raise ValueError(f'{name}: coeff is for op "sum" only, got op {op!r}')
+    if coeff is not None and len(coeff) != len(inputs):
+        raise ValueError(
+            f"{name}: coeff must hold {len(inputs)} numbers, one per input, got {len(coeff)}"
+        )
+    first = inputs[0]
+    if any(t.shape != first.shape or t.dtype != first.dtype for t in inputs):
+        inputs = _as_torch_would(name, inputs)
+        first = inputs[0]
+    coefficients = None if coeff is None else [float(c) for c in coeff]
+    return _run(name, inputs, inputs, op, coefficients, act)
+
+
+def _as_torch_would(name: str, inputs: list[Tensor]) -> list[Tensor]:
+    """Broadcast and promoted; the first in the layout torch's elementwise ops would return."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in inputs))
+    try:
+        shape = torch.broadcast_shapes(*(t.shape for t in inputs))
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
+        raise RuntimeError(f"{name}: inputs must broadcast, got shapes {shapes}") from error
+    shadows = [torch.empty_strided(t.shape, t.stride(), device="meta") for t in inputs]
+    layout = functools.reduce(torch.add, shadows)
+    first, *rest = (t.to(dtype).expand(shape) for t in inputs)
+    if first.stride() != layout.stride():
+        dense = torch.empty_strided(shape, layout.stride(), dtype=dtype, device=first.device)
+        first = dense.copy_(first)
+    return [first, *rest]
+
+
+def add_act(a: Tensor, b: Tensor, act: str = "relu") -> Tensor:
+    """``act(a + b)``: :func:`eltwise_act` of two tensors, the end of a residual block."""
+    return eltwise_act([a, b], "sum", None, act)
+
+
+def bn_scale_shift(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    r"""Per-channel scale and shift of BatchNorm with fixed statistics.
+
+    .. math:: scale = \gamma / \sqrt{\sigma^2 + \epsilon}, \qquad shift = \beta - \mu \cdot scale
+
+    Args:
+        running_mean, running_var, weight, bias: vectors of C; weight and bias default to 1 and 0.
+        eps: added to the variance.
+
+    Returns:
+        scale and shift, vectors of C in float32 (float64 for float64 statistics). A negative
+        variance gives NaN, as in torch.
+
+    Raises:
+        RuntimeError: vectors of different lengths.
+    """
+    vectors = (running_mean, running_var, weight, bias)
+    _check_channels(
+        "bn_scale_shift", running_mean.numel(), running_var=running_var, weight=weight, bias=bias
+    )
+    dtype = functools.reduce(torch.promote_types, (v.dtype for v in vectors if v is not None))
+    promoted = [None if v is None else v.to(dtype) for v in vectors]
+    return _run("bn_scale_shift", vectors, *promoted, eps)
+
+
+def bn_act(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, act: str = "none"
+) -> Tensor:
+    r"""BatchNorm with fixed statistics, a residual and an activation in one pass.
+
+    .. math:: y = act(x \cdot scale_c + shift_c + r)
+
+    Args:
+        x: (N, C, H, W), float32, float64, bfloat16 or float16, contiguous or channels_last.
+        scale, shift: vectors of C from :func:`bn_scale_shift`, in float32 (float64 for float64 x).
+        residual: added before the activation; broadcasts and promotes as in :func:`torch.add`.
+        act: ``"none"`` or ``"relu"``.
+
+    Returns:
+        A tensor of x's shape, dtype and memory format, rounded once.
+
+    Raises:
+        ValueError: x is not 4-D, or an unknown ``act``.
+        RuntimeError: scale or shift of another length or dtype, a residual that does not broadcast.
+    """
+    name = "bn_act"
+    check_act(name, act)
+    _check_image(name, x)
+    _check_channels(name, x.size(1), scale=scale, shift=shift)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        return add_act(bn_act(x, scale, shift), residual, act)
+    return _run(name, (x, scale, shift, residual), x, scale, shift, residual, act)
+
+
+def bn_act_maxpool(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    act: str = "relu",
+) -> Tensor:
+    r"""The end of a ResNet's stem in one pass.
+
+    .. math:: y = maxpool(act(x \cdot scale_c + shift_c))
+
+    Args:
+        x, scale, shift, act: as in :func:`bn_act`.
+        kernel_size, stride, padding, dilation, ceil_mode: as in
+            :func:`torch.nn.functional.max_pool2d`.
+
+    Returns:
+        The pooled tensor, of x's dtype and memory format.
+
+    Raises:
+        ValueError: x is not 4-D, or an unknown ``act``.
+        RuntimeError: scale or shift of another length or dtype, sizes the pooling cannot have.
+    """
+    name = "bn_act_maxpool"
+    check_act(name, act)
+    _check_image(name, x)
+    _check_channels(name, x.size(1), scale=scale, shift=shift)
+    kernel = _pair(name, "kernel_size", kernel_size, 1)
+    steps = kernel if stride is None else _pair(name, "stride", stride, 1)
+    pads, gaps = _pair(name, "padding", padding, 0), _pair(name, "dilation", dilation, 1)
+    if any(2 * p > k for p, k in zip(pads, kernel, strict=True)):
+        raise RuntimeError(f"{name}: padding must be at most half of kernel_size, got {padding!r}")
+    args = (x, scale, shift, kernel, steps, pads, gaps, ceil_mode, act)
+    return _run(name, (x, scale, shift), *args)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    act: str = "none",
+    packed: Tensor | None = None,
+) -> Tensor:
+    r"""Convolution with everything that follows it up to the next one.
+
+    .. math:: y = act(conv(x, w) \cdot scale_c + shift_c + r)
+
+    Args:
+        x: (N, C, H, W) or (C, H, W), float32, float64, bfloat16 or float16; channels_last is fast.
+        weight, stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`. Under
+            autocast x and weight are cast as that function casts them.
+        scale, shift: vectors of the output channels, from :func:`bn_scale_shift`; default 1 and 0.
+        residual: added before the activation; broadcasts and promotes as in :func:`torch.add`.
+        act: ``"none"`` or ``"relu"``.
+        packed: the weight as the native engine's ``conv_pack`` op lays it out, to save doing so.
+
+    Returns:
+        A tensor of x's dtype, accumulated in float32 (float64 for float64) and rounded once, in the
+        memory format torch's convolution would return.
+
+    Raises:
+        ValueError: an unknown ``act``.
+        RuntimeError: ranks, channels, dtypes or sizes that do not fit, as torch's convolution.
+    """
+    name = "conv_bn_act"
+    check_act(name, act)
+    if x.dim() == 3:
+        batched = None if residual is None else residual.unsqueeze(0)
+        rest = (stride, padding, dilation, groups, act, packed)
+        return conv_bn_act(x.unsqueeze(0), weight, scale, shift, batched, *rest).squeeze(0)
+    if x.dim() != 4 or weight.dim() != 4:
+        raise RuntimeError(
+            f"{name}: expected 3D (unbatched) or 4D (batched) input and 4D weight, got "
+            f"{x.dim()}D and {weight.dim()}D"
+        )
+    if torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.dtype != weight.dtype:
+        raise RuntimeError(f"{name}: weight must be {x.dtype} as x is, got {weight.dtype}")
+    if groups < 1 or x.size(1) != weight.size(1) * groups or weight.size(0) % groups:
+        raise RuntimeError(
+            f"{name}: weight {tuple(weight.shape)} with groups {groups} expects x to have "
+            f"{weight.size(1) * groups} channels, got {x.size(1)}"
+        )
+    _check_channels(name, weight.size(0), scale=scale, shift=shift)
+    steps, pads = _pair(name, "stride", stride, 1), _pair(name, "padding", padding, 0)
+    gaps = _pair(name, "dilation", dilation, 1)
+    size = [
+        (x.size(i + 2) + 2 * pads[i] - gaps[i] * (weight.size(i + 2) - 1) - 1) // steps[i] + 1
+        for i in (0, 1)
+    ]
+    if min(size) < 1:
+        raise RuntimeError(
+            f"{name}: kernel {tuple(weight.shape[2:])} with dilation {dilation!r} is larger than "
+            f"the padded input {tuple(x.shape)}"
+        )
+    shape = (x.size(0), weight.size(0), *size)
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
+        y = conv_bn_act(x, weight, scale, shift, None, steps, pads, gaps, groups, "none", packed)
+        return add_act(y, residual, act)
+    tensors = (x, weight, scale, shift, residual)
+    return _run(name, tensors, *tensors, steps, pads, gaps, groups, act, packed)

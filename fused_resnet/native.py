@@ -1,0 +1,152 @@
+"""Loads the C++ op libraries and completes what they declare.
+
+Adds to every op its fake kernel (shared by all engines, so that output shapes and strides are one
+contract) and the refusal to be differentiated raw: a raw op has no backward, and torch only warns.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+
+from . import reference
+
+NAMESPACES = ("fused_resnet", "fused_resnet_triton")
+
+_HERE = Path(__file__).parent
+
+
+def _load(name: str) -> str | None:
+    """Load one op library; why it could not be, or None."""
+    path = _HERE / name
+    if not path.exists():
+        return f"{name} was not built"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{name} does not load: {error}"
+    return None
+
+
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return _load("_ops_cuda.so")
+
+
+cpu_why_not = _load("_ops_cpu.so")
+if cpu_why_not is not None:
+    raise ImportError(
+        f"fused_resnet: {cpu_why_not}; install it with `pip install -e .` in its source folder"
+    )
+cuda_why_not = _load_cuda()
+
+
+def _like(x: Tensor, shape: tuple[int, ...], *layout_of: Tensor) -> Tensor:
+    return x.new_empty(shape).contiguous(memory_format=reference.memory_format(*layout_of))
+
+
+def _fake_eltwise_act(inputs: list[Tensor], op: str, coeff: list[float] | None, act: str) -> Tensor:
+    return torch.empty_like(inputs[0])
+
+
+def _fake_bn_scale_shift(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(running_mean.dtype)
+    return (
+        running_mean.new_empty(running_mean.shape, dtype=dtype),
+        running_mean.new_empty(running_mean.shape, dtype=dtype),
+    )
+
+
+def _fake_bn_act(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
+) -> Tensor:
+    return _like(x, x.shape, x)
+
+
+def _fake_bn_act_(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
+) -> None:
+    return None
+
+
+def _fake_bn_act_maxpool(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    act: str,
+) -> Tensor:
+    y = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
+    return _like(x, y.shape, x)
+
+
+def _fake_conv_pack(weight: Tensor, groups: int) -> Tensor:
+    # Its length depends on the processor: packing belongs outside compiled and exported programs.
+    raise NotImplementedError("conv_pack: weights cannot be packed inside a traced program")
+
+
+def _fake_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+    packed: Tensor | None = None,
+) -> Tensor:
+    y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return _like(x, y.shape, x, weight)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "eltwise_act": _fake_eltwise_act,
+    "bn_scale_shift": _fake_bn_scale_shift,
+    "bn_act": _fake_bn_act,
+    "bn_act_": _fake_bn_act_,
+    "bn_act_maxpool": _fake_bn_act_maxpool,
+    "conv_pack": _fake_conv_pack,
+    "conv_bn_act": _fake_conv_bn_act,
+}
+
+_libraries = [torch.library.Library(namespace, "FRAGMENT") for namespace in NAMESPACES]
+
+
+def _refuse_autograd(library: torch.library.Library, namespace: str, name: str) -> None:
+    op = getattr(getattr(torch.ops, namespace), name).default
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in tree_iter((args, kwargs))
+        ):
+            raise RuntimeError(
+                f"{namespace}::{name}: an input requires grad and a raw op has no backward; call "
+                "it through fused_resnet.functional, or under torch.no_grad()"
+            )
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+for _library, _namespace in zip(_libraries, NAMESPACES, strict=True):
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
+        _refuse_autograd(_library, _namespace, _name)

@@ -1,0 +1,127 @@
+"""The specification: every op in plain torch, for any dtype and device, differentiable.
+
+Half types are computed in float32 and rounded once at the end, as every engine does. Run on float64
+tensors these functions are the ground truth of the tests.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype values of ``dtype`` are computed in: float32 for half types, else itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether torch reads a 4-D tensor's strides as channels_last; not where both would do."""
+    if x.dim() != 4 or x.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if x.size(d) == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(d) * max(x.size(d), 1)
+    return True
+
+
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    """channels_last if any of the tensors is, else contiguous: what torch's convolution returns."""
+    if any(suggests_channels_last(t) for t in tensors):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _act(x: Tensor, act: str) -> Tensor:
+    return torch.relu(x) if act == "relu" else x
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    return v.to(x.dtype).view(1, -1, 1, 1)
+
+
+def eltwise_act(
+    inputs: Sequence[Tensor], op: str, coeff: Sequence[float] | None, act: str
+) -> Tensor:
+    """``act(op_i(coeff_i * input_i))`` over tensors of one shape and dtype."""
+    combine: Any = {"sum": torch.add, "prod": torch.mul, "max": torch.maximum}[op]
+    terms = [t.to(accumulation_dtype(t.dtype)) for t in inputs]
+    if coeff is not None:
+        terms = [t * c for t, c in zip(terms, coeff, strict=True)]
+    return _act(functools.reduce(combine, terms), act).to(inputs[0].dtype)
+
+
+def bn_scale_shift(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``scale = weight / sqrt(var + eps)`` and ``shift = bias - mean * scale``, per channel."""
+    dtype = accumulation_dtype(running_mean.dtype)
+    deviation = torch.sqrt(running_var.to(dtype) + eps)
+    scale = 1 / deviation if weight is None else weight.to(dtype) / deviation
+    shift = -running_mean.to(dtype) * scale
+    return scale, shift if bias is None else shift + bias.to(dtype)
+
+
+def bn_act(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """``act(x * scale[c] + shift[c] + residual)``."""
+    y = x.to(accumulation_dtype(x.dtype))
+    y = y * _per_channel(scale, y) + _per_channel(shift, y)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    return _act(y, act).to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def bn_act_maxpool(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    act: str,
+) -> Tensor:
+    """``max_pool2d(act(x * scale[c] + shift[c]))``."""
+    y = x.to(accumulation_dtype(x.dtype))
+    y = _act(y * _per_channel(scale, y) + _per_channel(shift, y), act)
+    y = F.max_pool2d(
+        y, list(kernel_size), list(stride), list(padding), list(dilation), ceil_mode=ceil_mode
+    )
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """``act(conv2d(x, weight) * scale[c] + shift[c] + residual)``; ``packed`` is not read."""
+    dtype = accumulation_dtype(x.dtype)
+    y = F.conv2d(
+        x.to(dtype), weight.to(dtype), None, list(stride), list(padding), list(dilation), groups
+    )
+    if scale is not None:
+        y = y * _per_channel(scale, y)
+    if shift is not None:
+        y = y + _per_channel(shift, y)
+    if residual is not None:
+        y = y + residual.to(dtype)
+    return _act(y, act).to(x.dtype).contiguous(memory_format=memory_format(x, weight))
