@@ -1,0 +1,129 @@
+#include <limits>
+
+#include "../math.h"
+#include "launch.h"
+#include "vec.cuh"
+
+namespace fused_resnet::cuda {
+
+namespace {
+
+constexpr int kMaxInputs = 64;  // the pointers travel as a kernel parameter
+
+template <class A>
+struct Inputs {
+  const void* at[kMaxInputs];
+  A coeff[kMaxInputs];
+  int count;
+};
+
+// What combining starts from: with it, the first input comes out unchanged, -0 and NaN included.
+template <EltwiseOp op, class A>
+constexpr A kIdentity = op == EltwiseOp::sum    ? A(-0.0)
+                        : op == EltwiseOp::prod ? A(1)
+                                                : -std::numeric_limits<A>::infinity();
+
+// The explicit fma keeps an element's rounding independent of the path that computes it.
+template <EltwiseOp op, class A>
+__device__ __forceinline__ A combine(A a, A b, A coeff) {
+  if constexpr (op == EltwiseOp::sum) return multiply_add(b, coeff, a);
+  if constexpr (op == EltwiseOp::prod) return a * b;
+  return math::maximum(a, b);
+}
+
+// `unroll` vectors of n elements each, `step` vectors apart, as far as they lie before `vectors`.
+// No pointer is __restrict__: `out` may be one of the inputs. All loads of a thread precede its
+// stores.
+template <class T, EltwiseOp op, int n, int unroll>
+__device__ __forceinline__ void process(const Inputs<Acc<T>>& inputs, Act act, T* out,
+                                        int64_t first, int64_t step, int64_t vectors) {
+  Acc<T> result[unroll][n];
+#pragma unroll
+  for (int u = 0; u < unroll; ++u) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) result[u][j] = kIdentity<op, Acc<T>>;
+  }
+#pragma unroll 2
+  for (int k = 0; k < inputs.count; ++k) {
+    const T* input = static_cast<const T*>(inputs.at[k]);
+    const Acc<T> coeff = inputs.coeff[k];
+    Vector<T, n> loaded[unroll] = {};
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+      const int64_t i = first + u * step;
+      if (i < vectors) loaded[u] = load<n>(input + i * n);
+    }
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        result[u][j] = combine<op>(result[u][j], widen(loaded[u].at[j]), coeff);
+      }
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < unroll; ++u) {
+    const int64_t i = first + u * step;
+    if (i >= vectors) return;
+    Vector<T, n> rounded;
+#pragma unroll
+    for (int j = 0; j < n; ++j) rounded.at[j] = narrow<T>(math::activate(result[u][j], act));
+    store<n>(out + i * n, rounded);
+  }
+}
+
+template <class T, EltwiseOp op, int n>
+__global__ void __launch_bounds__(Streaming::kThreads, Streaming::kMinBlocksPerMultiprocessor)
+    eltwise_act_kernel(const __grid_constant__ Inputs<Acc<T>> inputs, Act act, T* out,
+                       int64_t numel) {
+  constexpr int kUnroll = Streaming::kThreadBytes / sizeof(T) / n;
+  constexpr int64_t kBlockVectors = Streaming::kThreads * kUnroll;
+  const int64_t vectors = numel / n;
+  for (int64_t first = blockIdx.x * kBlockVectors + threadIdx.x; first < vectors;
+       first += gridDim.x * kBlockVectors) {
+    process<T, op, n, kUnroll>(inputs, act, out, first, Streaming::kThreads, vectors);
+  }
+  if (n > 1 && blockIdx.x == 0) {  // fewer than n elements are left
+    process<T, op, 1, 1>(inputs, act, out, vectors * n + threadIdx.x, 1, numel);
+  }
+}
+
+template <class T, EltwiseOp op>
+Status launch_eltwise(const EltwiseActArgs& args, Stream stream) {
+  Inputs<Acc<T>> inputs = {};
+  inputs.count = args.count;
+  bool aligned = vector_aligned(args.out);
+  for (int k = 0; k < args.count; ++k) {
+    inputs.at[k] = args.inputs[k];
+    inputs.coeff[k] = args.coeff ? static_cast<Acc<T>>(args.coeff[k]) : Acc<T>{1};
+    aligned = aligned && vector_aligned(args.inputs[k]);
+  }
+  int multiprocessors = 0;
+  const Status status = multiprocessor_count(&multiprocessors);
+  if (status != Status::ok) return status;
+  const auto kernel =
+      aligned ? eltwise_act_kernel<T, op, kVectorBytes / sizeof(T)> : eltwise_act_kernel<T, op, 1>;
+  return launch(kernel, streaming_blocks<T>(args.numel, multiprocessors), Streaming::kThreads, 0,
+                stream, inputs, args.act, static_cast<T*>(args.out), args.numel);
+}
+
+}  // namespace
+
+Status eltwise_act(const EltwiseActArgs& args, Stream stream) {
+  if (args.count < 1 || args.count > kMaxInputs) return Status::unsupported;
+  if (args.numel == 0) return Status::ok;
+  return dispatch(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    switch (args.op) {
+      case EltwiseOp::sum:
+        return launch_eltwise<T, EltwiseOp::sum>(args, stream);
+      case EltwiseOp::prod:
+        return launch_eltwise<T, EltwiseOp::prod>(args, stream);
+      case EltwiseOp::max:
+        return launch_eltwise<T, EltwiseOp::max>(args, stream);
+    }
+    return Status::unsupported;
+  });
+}
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,80 @@
+// Storage types, the types they are computed in, and vectors that one memory instruction moves.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <type_traits>
+
+#include "../api.h"
+
+namespace fused_resnet::cuda {
+
+constexpr int kVectorBytes = 16;  // the widest access one thread can make
+
+// The type a storage type is computed in.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T narrow(Acc<T> x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// x * y + z, rounded once.
+__device__ __forceinline__ float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }
+__device__ __forceinline__ double multiply_add(double x, double y, double z) {
+  return fma(x, y, z);
+}
+
+// n adjacent elements.
+template <class T, int n>
+struct alignas(n * sizeof(T)) Vector {
+  static_assert(n * sizeof(T) <= kVectorBytes);
+  T at[n];
+};
+
+// p must be aligned as the vector is.
+template <int n, class T>
+__device__ __forceinline__ Vector<T, n> load(const T* p) {
+  return *reinterpret_cast<const Vector<T, n>*>(p);
+}
+template <int n, class T>
+__device__ __forceinline__ void store(T* p, const Vector<T, n>& v) {
+  *reinterpret_cast<Vector<T, n>*>(p) = v;
+}
+
+inline bool vector_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+}
+
+// Calls f with a value of the storage type `dtype` stands for.
+template <class F>
+Status dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::f64:
+      return f(double{});
+    case DType::bf16:
+      return f(__nv_bfloat16{});
+    case DType::f16:
+      return f(__half{});
+  }
+  return Status::unsupported;
+}
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,290 @@
+// Runs CUDA source on the CPU: g++ -x c++ -DFUSED_RESNET_SIMT -include simt.h kernel.cu, with
+// CUDA's own headers, for half types and dim3, on the include path. Nothing of CUDA is linked.
+//
+// Every CUDA thread is a fiber. A fiber runs alone until it waits, at __syncthreads, __syncwarp or
+// a shuffle, or ends; `order` picks the next. Blocks run one after the other. Round robin alone
+// hides missing barriers, so kernels are run in every order: in the others one warp, first, last or
+// random, runs ahead. Shared memory is on the heap, of its exact size, and starts as 0xff bytes
+// (NaN).
+//
+// Stricter than hardware: all threads of a block, or of a warp's mask, must meet at one source
+// line, and none may have returned. Whatever breaks this ends the process with a message. A barrier
+// inside a helper is one line whoever calls it.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace simt {
+
+enum class Order { round_robin, first_ahead, last_ahead, random };
+inline Order order = Order::round_robin;
+inline std::mt19937 generator;  // seed it for Order::random
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr int kWarp = 32;
+
+struct Place {  // where a fiber waits; all that meet must agree on it
+  const char* what;
+  const char* file;
+  int line;
+  unsigned mask;
+  bool operator==(const Place& b) const {
+    return line == b.line && mask == b.mask && !strcmp(what, b.what) && !strcmp(file, b.file);
+  }
+};
+
+struct Fiber {
+  enum { ready, waiting, done } state;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  void* fake_stack;  // ASan's
+  uint3 thread;
+  Place place;
+  int source;               // the lane a shuffle reads from,
+  uint64_t sent, received;  // and the two ends of it
+};
+
+using Memory = std::unique_ptr<char, decltype(&free)>;
+
+inline std::vector<Fiber> fibers;  // kept from launch to launch; the first `threads` are in use
+inline int threads, current;
+inline int arrived;  // at the block's barrier
+inline std::function<void()> body;
+inline ucontext_t scheduler;
+inline const void* scheduler_stack;
+inline size_t scheduler_stack_bytes;
+inline std::map<const void*, Memory> shared;  // by declaration
+inline Memory dynamic_shared{nullptr, free};
+
+[[noreturn]] inline void fail(const std::string& why) {
+  fprintf(stderr, "simt: %s in block (%u, %u, %u)\n", why.c_str(), blockIdx.x, blockIdx.y,
+          blockIdx.z);
+  _Exit(3);
+}
+
+inline std::string name(const Place& place) {
+  std::string file = place.file;
+  return std::string(place.what) + " at " + file.substr(file.rfind('/') + 1) + ":" +
+         std::to_string(place.line);
+}
+
+[[noreturn]] inline void deadlock() {
+  std::map<std::string, int> count;
+  for (int i = 0; i < threads; ++i)
+    ++count[fibers[i].state == Fiber::done ? "done" : name(fibers[i].place)];
+  std::string why = "deadlock:";
+  for (auto& [where, n] : count) why += " [" + std::to_string(n) + " threads " + where + "]";
+  fail(why);
+}
+
+// Back to the scheduler until it resumes this fiber.
+inline void yield() {
+  Fiber& self = fibers[current];
+  bool last = self.state == Fiber::done;
+  __sanitizer_start_switch_fiber(last ? nullptr : &self.fake_stack, scheduler_stack,
+                                 scheduler_stack_bytes);
+  swapcontext(&self.context, &scheduler);
+  __sanitizer_finish_switch_fiber(self.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+}
+
+inline void enter() {
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+  body();
+  fibers[current].state = Fiber::done;
+  yield();
+}
+
+inline void resume(int next) {
+  current = next;
+  threadIdx = fibers[next].thread;
+  void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(&fake_stack, fibers[next].stack.get(), kStackBytes);
+  swapcontext(&scheduler, &fibers[next].context);
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+}
+
+inline void meet_block(const char* file, int line) {
+  fibers[current].state = Fiber::waiting;
+  fibers[current].place = {"__syncthreads", file, line, 0};
+  if (++arrived == threads) {
+    for (int i = 0; i < threads; ++i) {
+      if (!(fibers[i].place == fibers[0].place)) deadlock();
+      fibers[i].state = Fiber::ready;
+    }
+    arrived = 0;
+  }
+  yield();
+}
+
+// The last lane to come delivers what all of them sent.
+inline void meet_warp(const char* what, unsigned mask, int source, const char* file, int line) {
+  Fiber* lanes = &fibers[current / kWarp * kWarp];
+  Fiber& self = fibers[current];
+  mask &= ~0u >> std::max(0, kWarp - (threads - current / kWarp * kWarp));  // a smaller last warp
+  auto takes_part = [&](int lane) { return lane >= 0 && lane < kWarp && (mask >> lane & 1); };
+  self.state = Fiber::waiting;
+  self.place = {what, file, line, mask};
+  self.source = source;
+  if (!takes_part(current % kWarp)) fail(name(self.place) + ": a lane is not in its own mask");
+  if (!takes_part(source)) fail(name(self.place) + ": reads a lane that takes no part");
+  bool complete = true;
+  for (int i = 0; i < kWarp; ++i)
+    if (takes_part(i))
+      complete = complete && lanes[i].state == Fiber::waiting && lanes[i].place == self.place;
+  if (complete) {
+    for (int i = 0; i < kWarp; ++i) {
+      if (!takes_part(i)) continue;
+      lanes[i].received = lanes[lanes[i].source].sent;
+      lanes[i].state = Fiber::ready;
+    }
+  }
+  yield();
+}
+
+template <class T>
+T shuffle(const char* what, unsigned mask, T value, int source, const char* file, int line) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  memcpy(&fibers[current].sent, &value, sizeof(T));
+  meet_warp(what, mask, source, file, line);
+  memcpy(&value, &fibers[current].received, sizeof(T));
+  return value;
+}
+
+// The ready fiber to run next, or -1.
+inline int pick() {
+  static std::vector<int> all, warp;  // all that are ready, and those of the warp that ran last
+  all.clear();
+  warp.clear();
+  for (int i = 0; i < threads; ++i) {
+    if (fibers[i].state != Fiber::ready) continue;
+    all.push_back(i);
+    if (i / kWarp == current / kWarp) warp.push_back(i);
+  }
+  if (all.empty()) return -1;
+  if (order == Order::first_ahead) return all.front();
+  if (order == Order::last_ahead) return all.back();
+  if (order == Order::round_robin) {
+    auto next = std::upper_bound(all.begin(), all.end(), current);
+    return next == all.end() ? all.front() : *next;
+  }
+  const std::vector<int>& from = warp.empty() || generator() % 8 == 0 ? all : warp;
+  return from[generator() % from.size()];
+}
+
+inline Memory allocate(size_t bytes) {
+  void* p = nullptr;
+  if (posix_memalign(&p, 128, bytes)) fail("out of memory");
+  return Memory(static_cast<char*>(memset(p, 0xff, bytes)), free);
+}
+
+inline void run_block(size_t shared_bytes) {
+  shared.clear();
+  dynamic_shared = allocate(shared_bytes);
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.context, enter, 0);
+    fiber.state = Fiber::ready;
+    fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+  }
+  current = threads - 1;
+  arrived = 0;
+  for (int next; (next = pick()) >= 0;) resume(next);
+  for (int i = 0; i < threads; ++i)
+    if (fibers[i].state != Fiber::done) deadlock();
+}
+
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, void* /*stream*/,
+                   std::function<void()> kernel) {
+  gridDim = grid;
+  blockDim = block;
+  threads = block.x * block.y * block.z;
+  body = std::move(kernel);
+  if (fibers.size() < size_t(threads)) fibers.resize(threads);
+  std::vector<unsigned> blocks(grid.x * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  if (order == Order::last_ahead) std::reverse(blocks.begin(), blocks.end());
+  if (order == Order::random) std::shuffle(blocks.begin(), blocks.end(), generator);
+  for (unsigned b : blocks) {
+    blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+    run_block(shared_bytes);
+  }
+}
+
+template <class T>
+T& declare(const void* key) {
+  auto found = shared.find(key);
+  if (found == shared.end()) found = shared.emplace(key, allocate(sizeof(T))).first;
+  return *reinterpret_cast<T*>(found->second.get());
+}
+
+}  // namespace simt
+
+// What kernels see. Each declaration has a key of its own, each instantiation of a template too.
+#define FR_SHARED(type, name)                            \
+  type& name = simt::declare<type>([]() -> const void* { \
+    static char key;                                     \
+    return &key;                                         \
+  }())
+#define FR_DYNAMIC_SHARED(name) \
+  unsigned char* const name = reinterpret_cast<unsigned char*>(simt::dynamic_shared.get())
+
+#define SIMT_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(SIMT_CALLER) { simt::meet_block(file, line); }
+inline void __syncwarp(unsigned mask = ~0u, SIMT_CALLER) {
+  simt::meet_warp("__syncwarp", mask, simt::current % simt::kWarp, file, line);
+}
+
+// `width` lanes form a group. A lane whose source lies outside reads itself.
+#define SIMT_SHUFFLE(name, type, argument, from, inside)                                       \
+  template <class T>                                                                           \
+  T name(unsigned mask, T value, type argument, int width = 32, SIMT_CALLER) {                 \
+    const int lane = simt::current % simt::kWarp, first = lane / width * width, source = from; \
+    return simt::shuffle(#name, mask, value, inside ? source : lane, file, line);              \
+  }
+SIMT_SHUFFLE(__shfl_sync, int, lane_in_group, first + (lane_in_group & (width - 1)), true)
+SIMT_SHUFFLE(__shfl_up_sync, unsigned, delta, lane - int(delta), source >= first)
+SIMT_SHUFFLE(__shfl_down_sync, unsigned, delta, lane + int(delta), source < first + width)
+SIMT_SHUFFLE(__shfl_xor_sync, int, bits, lane ^ bits, source < first + width)
+
+// The few calls of CUDA's runtime that launchers make. One multiprocessor keeps grids small, so
+// that grid-stride loops go round.
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorNotSupported;
+  *value = 1;
+  return cudaSuccess;
+}

@@ -1,0 +1,112 @@
+"""nvcc compiles every CUDA kernel for each architecture, within a budget, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+KERNELS = Path(__file__).resolve().parent.parent / "csrc" / "kernels" / "cuda"
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+
+
+class Usage(NamedTuple):
+    registers: int  # of a thread
+    shared: int  # bytes of a block, those declared in the source
+
+
+# What the kernels of each file may use. With 64 registers 1024 threads fit on a multiprocessor.
+BUDGET = {
+    "eltwise_act": Usage(registers=64, shared=0),
+}
+
+PLANTED = """
+__global__ void indexes_a_local_array(float* out, int i) {
+  float local[64];
+  for (int k = 0; k < 64; ++k) local[k] = out[k];
+  for (int k = 0; k < 64; ++k) local[(k * i) & 63] += out[k];
+  out[i] = local[i & 63];
+}
+__global__ void loses_nan(float* out) {
+  __shared__ float shared[32];
+  shared[threadIdx.x] = out[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = fmaxf(shared[31 - threadIdx.x], 0.0f);
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else None
+    found = found or shutil.which("nvcc")
+    if found is None:
+        pytest.skip("no nvcc: neither under CUDA_HOME nor on PATH")
+    return found
+
+
+def compile_kernels(nvcc: str, source: Path, architecture: str, folder: Path) -> tuple[str, str]:
+    """What ptxas reports, and the PTX."""
+    command = [nvcc, "-cubin", f"-arch={architecture}", "-std=c++17", "-Xptxas", "-v"]
+    command += ["-Werror", "cross-execution-space-call", "--keep", "--keep-dir", str(folder)]
+    command += [str(source), "-o", str(folder / "kernels.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stderr, (folder / f"{source.stem}.ptx").read_text()
+
+
+def usage_by_kernel(report: str) -> dict[str, Usage]:
+    usage = {}
+    for block in report.split("Compiling entry function '")[1:]:
+        name = block.split("'")[0]
+        registers = re.search(r"Used (\d+) registers", block)
+        assert registers, block
+        shared = re.search(r"(\d+) bytes smem", block)
+        usage[name] = Usage(int(registers[1]), int(shared[1]) if shared else 0)
+    return usage
+
+
+def kernels_in_local_memory(report: str) -> list[str]:
+    """Kernels with spilled registers or with local arrays that registers could not hold."""
+    return [
+        block.split("'")[0]
+        for block in report.split("Compiling entry function '")[1:]
+        if any(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", block))
+    ]
+
+
+def maxima_that_lose_nan(ptx: str) -> list[str]:
+    found = re.findall(r"\b(?:min|max)\.(?:\w+\.)*b?f\d+(?:x2)?\b", ptx)
+    return [instruction for instruction in found if ".NaN." not in instruction]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", sorted(KERNELS.glob("*.cu")), ids=lambda path: path.stem)
+def test_compiles_within_budget(nvcc, source, architecture, tmp_path):
+    report, ptx = compile_kernels(nvcc, source, architecture, tmp_path)
+    usage = usage_by_kernel(report)
+    assert usage
+    budget = BUDGET[source.stem]
+    over = {
+        name: used
+        for name, used in usage.items()
+        if used.registers > budget.registers or used.shared > budget.shared
+    }
+    assert not over
+    assert not kernels_in_local_memory(report)
+    assert not maxima_that_lose_nan(ptx)
+
+
+def test_checks_can_fail(nvcc, tmp_path):
+    source = tmp_path / "planted.cu"
+    source.write_text(PLANTED)
+    report, ptx = compile_kernels(nvcc, source, "sm_90a", tmp_path)
+    assert [usage.shared for usage in usage_by_kernel(report).values()].count(128) == 1
+    assert len(kernels_in_local_memory(report)) == 1, report
+    assert maxima_that_lose_nan(ptx) == ["max.f32"]
