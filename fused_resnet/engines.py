@@ -13,7 +13,6 @@ vendor     torch's own convolution with our kernels around it; elsewhere the sam
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -41,17 +40,13 @@ def _check_name(name: str) -> str:
     return name
 
 
-_wish: ContextVar[str | None] = ContextVar("fused_resnet_engine", default=None)
+_DEFAULT = _check_name(os.environ.get("FUSED_RESNET_ENGINE") or "auto")
+_wish: ContextVar[str] = ContextVar("fused_resnet_engine", default=_DEFAULT)
 
 
 def wish() -> str:
     """The engine asked for by the innermost :func:`use_engine`, else by ``FUSED_RESNET_ENGINE``."""
-    return _wish.get() or _environment_wish()
-
-
-@functools.cache
-def _environment_wish() -> str:
-    return _check_name(os.environ.get("FUSED_RESNET_ENGINE") or "auto")
+    return _wish.get()
 
 
 @contextlib.contextmanager
@@ -99,9 +94,13 @@ def why_not(engine: str, op: str, device: str, dtype: torch.dtype) -> str | None
     return None
 
 
-@functools.cache
-def choose(op: str, device: str, dtype: torch.dtype, wished: str = "auto") -> str:
+def choose(
+    op: str, device: str, dtype: torch.dtype, wished: str = "auto", channels_last: bool = True
+) -> str:
     """The engine that runs ``op`` for tensors of ``dtype`` on a ``device`` type. Pure.
+
+    A convolution of contiguous tensors goes to the vendor, which has kernels for that layout; ours
+    would convert it and back.
 
     Raises:
         EngineError: ``wished`` is not ``auto`` and cannot run the op.
@@ -112,10 +111,13 @@ def choose(op: str, device: str, dtype: torch.dtype, wished: str = "auto") -> st
         if reason is not None:
             raise EngineError(f"{op}: engine {wished!r} cannot run it: {reason}")
         return wished
-    for engine in ("native", "vendor", "reference"):
+    prefer_vendor = op == "conv_bn_act" and not channels_last
+    for engine in ("vendor", "native") if prefer_vendor else ("native", "vendor"):
         if why_not(engine, op, device, dtype) is None:
             return engine
-    raise NotImplementedError(f"{op}: {why_not('reference', op, device, dtype)}")
+    if (reason := why_not("reference", op, device, dtype)) is not None:
+        raise NotImplementedError(f"{op}: {reason}")
+    return "reference"
 
 
 def implementation(op: str, engine: str) -> Callable[..., Any]:

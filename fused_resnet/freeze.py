@@ -20,6 +20,10 @@ from .reference import accumulation_dtype
 #: the largest of its channel. Overflow, NaN and vanishing scales fall outside.
 FOLD_BOUND = 2.0**-22
 
+#: How often each engine is timed on a layer, and how much faster another must be to be taken.
+TUNE_ROUNDS = 3
+TUNE_MARGIN = 1.1
+
 
 def _fold(weight: Tensor, scale: Tensor) -> Tensor | None:
     """``weight * scale`` in the accumulation type, or None where it loses more than FOLD_BOUND."""
@@ -79,13 +83,17 @@ class FrozenConv(nn.Module):
             self._packed = torch.ops.fused_resnet.conv_pack(self.weight, self.geometry[3])
         return torch.ops.fused_resnet.conv_bn_act(*args, self._packed)
 
-    def tune(self, x: Tensor, repeats: int = 3) -> None:
-        """Keep whichever engine runs this layer faster on ``x``."""
-        times = {}
-        for self.engine in ("native", "vendor"):
-            self.forward(x)
-            times[self.engine] = min(_seconds(self.forward, x) for _ in range(repeats))
-        self.engine = min(times, key=times.__getitem__)
+    def tune(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> None:
+        """Move this layer to the vendor if that is clearly faster on ``x``."""
+        times: dict[str, list[float]] = {"native": [], "vendor": []}
+        for turn in range(TUNE_ROUNDS + 1):
+            for self.engine in times:
+                start = time.perf_counter()
+                self.forward(x, act, residual)
+                if turn > 0:  # the first packs, and warms up
+                    times[self.engine].append(time.perf_counter() - start)
+        clear = min(times["vendor"]) * TUNE_MARGIN < min(times["native"])
+        self.engine = "vendor" if clear else "native"
 
     def forget(self) -> None:
         """Drop the packed weight; the next call packs again."""
@@ -110,12 +118,6 @@ class FrozenConv(nn.Module):
             f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, "
             f"folded={self.folded}, engine={self.engine!r}"
         )
-
-
-def _seconds(f: Callable[[Tensor], Any], x: Tensor) -> float:
-    start = time.perf_counter()
-    f(x)
-    return time.perf_counter() - start
 
 
 class Frozen(nn.Module):
@@ -255,7 +257,7 @@ def _tune(frozen: Frozen, inputs: Any) -> None:
         x = args[0]
         key = (x.shape, m.weight.shape, str(m.geometry))
         if key not in seen:
-            m.tune(x)
+            m.tune(*args)
             seen[key] = m.engine
         m.engine = seen[key]
         m.forget()

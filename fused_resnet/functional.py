@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import engines
+from .reference import suggests_channels_last
 
 __all__ = [
     "add_act",
@@ -71,7 +72,8 @@ def _run(op: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
                 f"{op}: engine {wished!r} has no backward for it; an input requires grad"
             )
         wished = "reference"
-    engine = engines.choose(op, x.device.type, x.dtype, wished)
+    layout = any(t is not None and suggests_channels_last(t) for t in tensors[:2])
+    engine = engines.choose(op, x.device.type, x.dtype, wished, layout)
     implementation = engines.implementation(op, engine)
     return implementation(*args)
 

@@ -1,8 +1,8 @@
 // Convolution as an implicit matrix product over channels_last activations. The register tile is
-// kRows output pixels by one panel of output channels; for each kernel position a row of the tile
-// is a pointer to the input pixel it reads, or to zeros where that pixel lies in the padding.
-// Nothing is copied, except that half types are widened and few-channel inputs (the stem) gathered
-// into patches, both a cache-sized chunk at a time.
+// kRows output pixels by one panel of output channels; for each kernel position, a row of the tile
+// is a pointer to the input pixel it reads. A 1x1 convolution of fp32 reads its input where it
+// lies. Any other first copies the image rows that a chunk of pixels needs, widened and with their
+// padding, into the cache.
 #include <cstdlib>
 
 #include "../math.h"
@@ -12,14 +12,13 @@ FR_NAMESPACE_BEGIN
 
 namespace {
 
-// A chunk's input stays in the second-level cache while every panel passes over it.
-constexpr int64_t kChunkBytes = 512 << 10;
-// Up to this much input, panels are packed on the way rather than beforehand.
+// A chunk's input and output stay in the second-level cache while every panel passes over them.
+constexpr int64_t kChunkBytes = 256 << 10;
+// Weights of up to this size are passed over for every tile, larger ones once a chunk.
+constexpr int64_t kCachedWeightBytes = 512 << 10;
+// Up to this much input and output, panels are packed on the way rather than beforehand.
 constexpr int64_t kPackInPassBytes = 1 << 20;
-// Below this depth a row of a tile is too short to be worth a pointer: patches are gathered
-// instead.
-constexpr int64_t kPatchDepth = 16;
-
+// Products summed up in registers before they are added to the sum in memory.
 constexpr int64_t kSumSteps = 256;
 
 template <class E>
@@ -31,24 +30,32 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
+// What to prefetch while a tile is computed, and how many bytes to go on at every step of it.
+struct Ahead {
+  const char* panel;
+  int64_t panel_step;
+  const char* input;
+  int64_t input_step;
+};
+
 // acc[r][:] = sum over taps and depth of rows[tap][r][k] * panel[tap][k][:]. Sums are kept in
 // registers for kSumSteps products and then added up in acc: a shorter chain rounds less, and costs
-// 1% of the time. On the way it asks for `ahead`, the panel to come, at ahead_step bytes a step.
+// 1% of the time.
 template <class A, int kVecs>
 __attribute__((noinline)) void tile(const A* const* rows, int64_t taps, int64_t offset,
-                                    int64_t depth, const A* panel, const char* ahead,
-                                    int64_t ahead_step, A* acc) {
+                                    int64_t depth, const A* panel, Ahead ahead, A* acc) {
   Vec<A> sum[kRows][kVecs] = {};
-  for (int i = 0; i < kRows * kVecs; ++i) store(acc + i * kLanes<A>, Vec<A>{});
+  bool first = true;
   auto flush = [&] {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) {
         A* to = acc + (r * kVecs + v) * kLanes<A>;
-        store(to, load(to) + sum[r][v]);
+        store(to, first ? sum[r][v] : load(to) + sum[r][v]);
         sum[r][v] = Vec<A>{};
       }
+    first = false;
   };
   int64_t room = kSumSteps;
   for (int64_t tap = 0; tap < taps; ++tap, rows += kRows) {
@@ -58,8 +65,10 @@ __attribute__((noinline)) void tile(const A* const* rows, int64_t taps, int64_t 
       const int64_t end = depth - k < room ? depth : k + room;
       room -= end - k;
       for (; k < end; ++k, panel += kVecs * kLanes<A>) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += ahead_step;
+        __builtin_prefetch(ahead.panel, 0, 2);
+        __builtin_prefetch(ahead.input, 0, 3);
+        ahead.panel += ahead.panel_step;
+        ahead.input += ahead.input_step;
         Vec<A> w[kVecs];
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) w[v] = load(panel + v * kLanes<A>);
@@ -85,22 +94,22 @@ struct Conv {
   const ConvBnActArgs& args;
   const ConvShape& s;
   const Panels panels;
-  const A* packed;  // null: pack in the pass
-  const A* zeros;
-  int64_t pixels;      // of the output
-  int64_t chunk_rows;  // output pixels of a chunk
-  bool patches;
+  const A* packed;    // null: pack in the pass
+  const bool copies;  // image rows are copied, widened and padded, before they are read
+  const bool merged;  // a kernel row is one run of memory, so one tap
 
-  // The input pixels a run of output pixels may read, as one contiguous range.
-  void source_range(int64_t begin, int64_t end, int64_t* from, int64_t* to) const {
-    const int64_t image = s.out_height * s.out_width;
-    auto row = [&](int64_t m, int64_t tap) {
-      const int64_t h = m % image / s.out_width * s.stride[0] - s.padding[0] + tap * s.dilation[0];
-      const int64_t inside = h < 0 ? 0 : h > s.height - 1 ? s.height - 1 : h;
-      return (m / image * s.height + inside) * s.width;
-    };
-    *from = row(begin, 0);
-    *to = row(end - 1, s.kernel[0] - 1) + s.width;
+  int64_t taps() const { return merged ? s.kernel[0] : panels.taps; }
+  int64_t depth() const { return merged ? s.kernel[1] * s.in_channels : panels.depth; }
+
+  // Rows are counted through all images, with their padding where they are copied.
+  int64_t image_rows() const { return s.height + 2 * s.padding[0]; }
+  int64_t row_pixels() const { return s.width + 2 * s.padding[1]; }
+  int64_t row_of(int64_t pixel) const {
+    const int64_t line = pixel / s.out_width;
+    return line / s.out_height * image_rows() + line % s.out_height * s.stride[0];
+  }
+  int64_t rows_for(int64_t begin, int64_t end) const {
+    return row_of(end - 1) + (s.kernel[0] - 1) * s.dilation[0] + 1 - row_of(begin);
   }
 
   void widen(const T* from, int64_t n, A* to) const {
@@ -109,68 +118,50 @@ struct Conv {
     if (i < n) store(to + i, load(from + i, n - i), n - i);
   }
 
-  // Where output pixel m's window begins: image row 0 of its image, then h and w, maybe in the
-  // padding.
-  struct Origin {
-    int64_t image, h, w;
-  };
-  Origin origin(int64_t m) const {
-    const int64_t image = s.out_height * s.out_width;
-    const int64_t at = m % image;
-    return {m / image * s.height, at / s.out_width * s.stride[0] - s.padding[0],
-            at % s.out_width * s.stride[1] - s.padding[1]};
-  }
-
-  // Row pointers of one chunk, [tile][tap][row]; the rows of the last tile that lie beyond the
-  // chunk repeat its last pixel and are not stored.
-  void point(int64_t begin, int64_t end, const A* x, int64_t base, const A** rows) const {
-    for (int64_t first = begin; first < end; first += kRows) {
-      Origin at[kRows];
-      for (int r = 0; r < kRows; ++r) at[r] = origin(first + r < end ? first + r : end - 1);
-      for (int64_t kh = 0; kh < s.kernel[0]; ++kh)
-        for (int64_t kw = 0; kw < s.kernel[1]; ++kw)
-          for (int r = 0; r < kRows; ++r) {
-            const int64_t h = at[r].h + kh * s.dilation[0], w = at[r].w + kw * s.dilation[1];
-            const bool inside = h >= 0 && h < s.height && w >= 0 && w < s.width;
-            *rows++ = inside ? x + ((at[r].image + h) * s.width + w - base) * s.in_channels : zeros;
-          }
+  void copy_rows(int64_t first, int64_t count, A* to) const {
+    const int64_t side = s.padding[1] * s.in_channels, width = s.width * s.in_channels;
+    for (int64_t row = first; row < first + count; ++row) {
+      const int64_t image = row / image_rows(), h = row % image_rows() - s.padding[0];
+      const bool inside = h >= 0 && h < s.height;
+      for (int64_t i = 0; i < side; ++i) to[i] = to[side + width + i] = 0;
+      if (inside)
+        widen(static_cast<const T*>(args.x) + (image * s.height + h) * width, width, to + side);
+      else
+        for (int64_t i = 0; i < width; ++i) to[side + i] = 0;
+      to += width + 2 * side;
     }
   }
 
-  // The windows of a chunk's pixels, side by side, and the row pointers to them.
-  void gather(int64_t begin, int64_t end, A* to, const A** rows) const {
-    const int64_t length = panels.taps * s.in_channels;
-    const int64_t padded = (end - begin + kRows - 1) / kRows * kRows;
-    for (int64_t r = 0; r < padded; ++r)
-      rows[r] = to + (r < end - begin ? r : end - begin - 1) * length;
-    const int64_t across = s.kernel[1] * s.in_channels;
-    for (int64_t m = begin; m < end; ++m) {
-      const Origin at = origin(m);
-      const bool run = s.dilation[1] == 1 && at.w >= 0 && at.w + s.kernel[1] <= s.width;
-      for (int64_t kh = 0; kh < s.kernel[0]; ++kh, to += across) {
-        const int64_t h = at.h + kh * s.dilation[0];
-        const bool inside = h >= 0 && h < s.height;
-        const T* row = static_cast<const T*>(args.x) + (at.image + h) * s.width * s.in_channels;
-        if (inside && run) {
-          widen(row + at.w * s.in_channels, across, to);
-          continue;
+  // Row pointers of one chunk, [tile][tap][row], into `input`, which begins at image row `from`;
+  // the rows of the last tile that lie beyond the chunk repeat its last pixel and are not stored.
+  void point(int64_t begin, int64_t end, const A* input, int64_t from, const A** rows) const {
+    // Counted on from pixel to pixel: dividing for each would cost a third of a small tile's time.
+    int64_t w = begin % s.out_width, h = begin / s.out_width % s.out_height;
+    int64_t row = row_of(begin) - from;
+    for (int64_t first = begin; first < end; first += kRows, rows += taps() * kRows)
+      for (int r = 0; r < kRows; ++r) {
+        const A* at = input + (row * row_pixels() + w * s.stride[1]) * s.in_channels;
+        for (int64_t tap = 0; tap < taps(); ++tap) {
+          const int64_t kh = merged ? tap : tap / s.kernel[1];
+          const int64_t kw = merged ? 0 : tap % s.kernel[1];
+          rows[tap * kRows + r] =
+              at + (kh * s.dilation[0] * row_pixels() + kw * s.dilation[1]) * s.in_channels;
         }
-        for (int64_t i = 0; i < across; ++i) {
-          const int64_t w = at.w + i / s.in_channels * s.dilation[1];
-          const bool read = inside && w >= 0 && w < s.width;
-          to[i] = read ? load_one(row + w * s.in_channels + i % s.in_channels) : A(0);
-        }
+        if (first + r + 1 >= end || ++w < s.out_width) continue;
+        w = 0;
+        row += s.stride[0];
+        if (++h < s.out_height) continue;
+        h = 0;
+        row += image_rows() - s.out_height * s.stride[0];
       }
-    }
   }
 
   // act(acc * scale + shift + residual) for `count` pixels from `pixel` on, one panel wide.
   void finish(const A* acc, int64_t pixel, int64_t count, int64_t panel) const {
-    const int64_t first = panel * panels.width;
     const A* scale = static_cast<const A*>(args.scale);
     const A* shift = static_cast<const A*>(args.shift);
     for (int64_t v = 0; v < panels.vecs; ++v) {
-      const int64_t c = first + v * kLanes<A>;
+      const int64_t c = panel * panels.width + v * kLanes<A>;
       const int64_t columns = s.out_channels - c;
       if (columns <= 0) break;
       const bool whole = columns >= kLanes<A>;
@@ -194,44 +185,49 @@ struct Conv {
 
   // One chunk of pixels by a range of panels.
   Status chunk(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) const {
-    const int64_t tiles = (end - begin + kRows - 1) / kRows;
-    const int64_t taps = patches ? 1 : panels.taps;
-    const int64_t depth = patches ? panels.taps * panels.depth : panels.depth;
-    int64_t from = 0, to = 0;
-    source_range(begin, end, &from, &to);
-    constexpr bool kWiden = sizeof(T) != sizeof(A);
-    Buffer<const A*> rows(tiles * taps * kRows);
-    Buffer<A> input(patches ? (end - begin) * depth : kWiden ? (to - from) * s.in_channels : 0);
+    const int64_t tiles = (end - begin + kRows - 1) / kRows, steps = taps() * depth();
+    const int64_t from = row_of(begin), count = rows_for(begin, end);
+    Buffer<const A*> rows(tiles * taps() * kRows);
+    Buffer<A> copy(copies ? count * row_pixels() * s.in_channels : 0);
     Buffer<A> panel(packed ? 0 : panels.elements());
-    if (!rows.data || !input.data || !panel.data) return Status::out_of_memory;
-    const T* x = static_cast<const T*>(args.x);
-    if (patches) {
-      gather(begin, end, input.data, rows.data);
-    } else if constexpr (kWiden) {
-      widen(x + from * s.in_channels, (to - from) * s.in_channels, input.data);
-      point(begin, end, input.data, from, rows.data);
+    if (!rows.data || !copy.data || !panel.data) return Status::out_of_memory;
+    if (copies) {
+      copy_rows(from, count, copy.data);
+      point(begin, end, copy.data, from, rows.data);
     } else {
-      point(begin, end, x, 0, rows.data);
+      point(begin, end, static_cast<const A*>(args.x), 0, rows.data);
     }
     A acc[kRows * kMaxVecs * kLanes<A>];
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const int64_t ahead_step = panels.elements() * sizeof(A) / (tiles * steps);
+    auto one = [&](int64_t p, int64_t t) {
       const A* weights = packed ? packed + p * panels.elements() : panel.data;
+      const A* next = packed && p + 1 < panel_end ? weights + panels.elements() : weights;
+      const A* const* tile_rows = rows.data + t * taps() * kRows;
+      // The first panel brings the input in where nothing has copied it; later ones find it cached.
+      const bool fetch = !copies && p == panel_begin && t + 1 < tiles;
+      const Ahead ahead{reinterpret_cast<const char*>(next) + t * steps * ahead_step, ahead_step,
+                        reinterpret_cast<const char*>(fetch ? tile_rows[kRows] : acc),
+                        fetch ? kRows * static_cast<int64_t>(sizeof(A)) : 0};
+      const int64_t offset = merged ? 0 : first_channel(panels, s, p);
+      if (panels.vecs == 1)
+        tile<A, 1>(tile_rows, taps(), offset, depth(), weights, ahead, acc);
+      else
+        tile<A, kMaxVecs>(tile_rows, taps(), offset, depth(), weights, ahead, acc);
+      const int64_t first = begin + t * kRows;
+      finish(acc, first, end - first < kRows ? end - first : kRows, p);
+    };
+    const int64_t weight_bytes = (panel_end - panel_begin) * panels.elements() * sizeof(A);
+    if (packed && weight_bytes <= kCachedWeightBytes) {
+      // Weights that stay in the cache: output pixels are written whole, one after the other.
+      for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t p = panel_begin; p < panel_end; ++p) one(p, t);
+      return Status::ok;
+    }
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
       if (!packed)
         pack_panel(panels, s, static_cast<const T*>(args.weight), args.weight_stride, p,
                    panel.data);
-      const int64_t offset = patches ? 0 : first_channel(panels, s, p);
-      const A* next = packed && p + 1 < panel_end ? weights + panels.elements() : weights;
-      const int64_t step = panels.elements() * sizeof(A) / (tiles * taps * depth);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const A* const* tile_rows = rows.data + t * taps * kRows;
-        const char* ahead = reinterpret_cast<const char*>(next) + t * taps * depth * step;
-        if (panels.vecs == 1)
-          tile<A, 1>(tile_rows, taps, offset, depth, weights, ahead, step, acc);
-        else
-          tile<A, kMaxVecs>(tile_rows, taps, offset, depth, weights, ahead, step, acc);
-        const int64_t first = begin + t * kRows;
-        finish(acc, first, end - first < kRows ? end - first : kRows, p);
-      }
+      for (int64_t t = 0; t < tiles; ++t) one(p, t);
     }
     return Status::ok;
   }
@@ -245,40 +241,33 @@ Status conv(const ConvBnActArgs& args, const Pool& pool) {
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   if (pixels == 0 || s.out_channels == 0) return Status::ok;
 
-  const bool patches = s.groups == 1 && s.in_channels < kPatchDepth && panels.taps > 1;
-  const int64_t row_bytes = sizeof(A) * (patches ? panels.taps * s.in_channels
-                                                 : s.in_channels * s.stride[0] * s.stride[1]);
-  const int64_t tiles = (pixels + kRows - 1) / kRows;
-  int64_t chunks = (pixels * row_bytes + kChunkBytes - 1) / kChunkBytes;
-  const bool pack_in_pass = !args.packed && pixels * row_bytes <= kPackInPassBytes;
-  // The threads share out the pixels, or the panels where those are the more bytes to pass around.
+  const int64_t pixel_bytes =
+      sizeof(A) * (s.in_channels * s.stride[0] * s.stride[1] + s.out_channels);
   const int64_t weight_bytes = panels.count * panels.elements() * sizeof(A);
+  const int64_t tiles = (pixels + kRows - 1) / kRows;
+  const bool pack_in_pass = !args.packed && pixels * pixel_bytes <= kPackInPassBytes;
+  // The threads share out the pixels, or the panels where those are the more bytes to pass around.
+  int64_t chunks = pack_in_pass ? 1 : (pixels * pixel_bytes + kChunkBytes - 1) / kChunkBytes;
   int64_t splits = 1;
-  if (pack_in_pass || weight_bytes > pixels * row_bytes || tiles < 2 * pool.threads) {
-    if (pack_in_pass) chunks = 1;
+  if (pack_in_pass || weight_bytes > pixels * pixel_bytes || tiles < 2 * pool.threads)
     splits = panels.count < pool.threads ? panels.count : pool.threads;
-  } else {
+  else
     chunks = (chunks + pool.threads - 1) / pool.threads * pool.threads;
-    if (chunks > tiles) chunks = tiles;
-  }
+  if (chunks > tiles) chunks = tiles;
 
-  Buffer<A> zeros(s.in_channels);
   Buffer<A> own(args.packed || pack_in_pass ? 0 : panels.count * panels.elements());
-  if (!zeros.data || !own.data) return Status::out_of_memory;
-  for (int64_t c = 0; c < s.in_channels; ++c) zeros.data[c] = 0;
+  if (!own.data) return Status::out_of_memory;
   const A* packed = static_cast<const A*>(args.packed);
   if (!packed && !pack_in_pass) {
-    FUSED_RESNET_ISA::conv_pack({args.dtype,
-                                 s,
-                                 args.weight,
-                                 {args.weight_stride[0], args.weight_stride[1],
-                                  args.weight_stride[2], args.weight_stride[3]},
-                                 own.data},
-                                pool);
+    ConvPackArgs pack{args.dtype, s, args.weight, {}, own.data};
+    for (int d = 0; d < 4; ++d) pack.weight_stride[d] = args.weight_stride[d];
+    FUSED_RESNET_ISA::conv_pack(pack, pool);
     packed = own.data;
   }
 
-  const Conv<T> work{args, s, panels, packed, zeros.data, pixels, 0, patches};
+  const bool copies = sizeof(T) != sizeof(A) || panels.taps > 1 || s.padding[0] || s.padding[1];
+  const bool merged = panels.depth == s.in_channels && s.dilation[1] == 1;
+  const Conv<T> work{args, s, panels, packed, copies, merged};
   int failed = 0;
   parallel(pool, chunks * splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {

@@ -86,8 +86,19 @@ FR_VEC void transpose(VecF* rows) {
 template <class T>
 FR_VEC void pack_dense(const Panels& p, const T* weight, int64_t run, bool taps_inner,
                        int64_t columns, float* to) {
+  // Row of the panel that element j of a run goes to; divisions would cost more than the
+  // transposition.
+  int64_t tap = 0, channel = 0;
+  int64_t row[16];
   for (int64_t j = 0; j < run; j += 16) {
     const int64_t n = run - j < 16 ? run - j : 16;
+    for (int64_t i = 0; i < n; ++i) {
+      row[i] = taps_inner ? tap * p.depth + channel : j + i;
+      if (++tap == p.taps) {
+        tap = 0;
+        ++channel;
+      }
+    }
     for (int64_t k = 0; k < p.width; k += 16) {
       VecF square[16] = {};
       for (int64_t i = 0; i < 16 && k + i < columns; ++i) {
@@ -95,10 +106,7 @@ FR_VEC void pack_dense(const Panels& p, const T* weight, int64_t run, bool taps_
         square[i] = n == 16 ? load(from) : load(from, n);
       }
       transpose(square);
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t row = taps_inner ? (j + i) % p.taps * p.depth + (j + i) / p.taps : j + i;
-        store(to + row * p.width + k, square[i]);
-      }
+      for (int64_t i = 0; i < n; ++i) store(to + row[i] * p.width + k, square[i]);
     }
   }
 }
