@@ -49,27 +49,28 @@ def pair_obstacle(conv: Any, bn: Any) -> str | None:
         return f"conv: padding_mode is {conv.padding_mode!r}"
     if not isinstance(conv.padding, tuple):
         return f"conv: padding is {conv.padding!r}"
-    if hasattr(conv.weight, "placements") or hasattr(bn.weight, "placements"):
+    weight, mean = conv.weight, bn.running_mean
+    if type(weight) is not nn.Parameter and hasattr(weight, "placements"):
         return "parameters are sharded"
-    if bn.running_mean is None:
+    if mean is None:
         return "bn: it keeps no running statistics"
-    if bn.running_mean.shape[0] != conv.out_channels:
+    if mean.shape[0] != conv.out_channels:
         return "bn: it has another number of channels than conv"
     return None
 
 
 def _dtype_obstacle(conv: Any, bn: Any, x: Tensor) -> str | None:
     """Dtypes torch refuses, or computes with another meaning, are left to torch."""
-    dtype = x.dtype
+    dtype, weight, mean = x.dtype, conv.weight, bn.running_mean
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    elif conv.weight.dtype != dtype:
+    elif weight.dtype != dtype:
         return "input and weight differ in dtype"
     half = dtype in (torch.float16, torch.bfloat16)
-    for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
+    for t in (mean, bn.running_var, bn.weight, bn.bias):
         if t is not None and t.dtype != dtype and not (half and t.dtype == torch.float32):
             return "bn and activations differ in dtype"
-    if conv.weight.device != x.device or bn.running_mean.device != x.device:
+    if weight.device != x.device or mean.device != x.device:
         return "tensors are on different devices"
     return None
 

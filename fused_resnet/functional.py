@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import engines
-from .reference import suggests_channels_last
 
 __all__ = [
     "add_act",
@@ -34,7 +33,7 @@ def check_act(op: str, act: str) -> None:
 
 def _pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
     pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or min(pair) < least:
+    if len(pair) != 2 or pair[0] < least or pair[1] < least:
         raise RuntimeError(
             f"{op}: {name} must be one or two integers of at least {least}, got {value!r}"
         )
@@ -44,14 +43,6 @@ def _pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[in
 def _check_image(op: str, x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"{op}: expected 4D input (got {x.dim()}D input)")
-
-
-def _check_channels(op: str, channels: int, **vectors: Tensor | None) -> None:
-    for name, v in vectors.items():
-        if v is not None and v.shape != (channels,):
-            raise RuntimeError(
-                f"{op}: {name} should contain {channels} elements, got shape {tuple(v.shape)}"
-            )
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
@@ -72,10 +63,16 @@ def _run(op: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
                 f"{op}: engine {wished!r} has no backward for it; an input requires grad"
             )
         wished = "reference"
-    layout = any(t is not None and suggests_channels_last(t) for t in tensors[:2])
+    layout = any(
+        t is not None and t.is_contiguous(memory_format=torch.channels_last) for t in tensors[:2]
+    )
     engine = engines.choose(op, x.device.type, x.dtype, wished, layout)
     implementation = engines.implementation(op, engine)
-    return implementation(*args)
+    if engine != "native" or torch.compiler.is_compiling():
+        return implementation(*args)
+    # No gradient is needed: the dispatch key that would ask again, in Python, is skipped.
+    with torch._C._AutoDispatchBelowAutograd():
+        return implementation(*args)
 
 
 def eltwise_act(
@@ -170,10 +167,10 @@ def bn_scale_shift(
         RuntimeError: vectors of different lengths.
     """
     vectors = (running_mean, running_var, weight, bias)
-    _check_channels(
-        "bn_scale_shift", running_mean.numel(), running_var=running_var, weight=weight, bias=bias
-    )
-    dtype = functools.reduce(torch.promote_types, (v.dtype for v in vectors if v is not None))
+    dtypes = {v.dtype for v in vectors if v is not None}
+    if len(dtypes) == 1:
+        return _run("bn_scale_shift", vectors, *vectors, eps)
+    dtype = functools.reduce(torch.promote_types, dtypes)
     promoted = [None if v is None else v.to(dtype) for v in vectors]
     return _run("bn_scale_shift", vectors, *promoted, eps)
 
@@ -201,7 +198,6 @@ def bn_act(
     name = "bn_act"
     check_act(name, act)
     _check_image(name, x)
-    _check_channels(name, x.size(1), scale=scale, shift=shift)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return add_act(bn_act(x, scale, shift), residual, act)
     return _run(name, (x, scale, shift, residual), x, scale, shift, residual, act)
@@ -237,7 +233,6 @@ def bn_act_maxpool(
     name = "bn_act_maxpool"
     check_act(name, act)
     _check_image(name, x)
-    _check_channels(name, x.size(1), scale=scale, shift=shift)
     kernel = _pair(name, "kernel_size", kernel_size, 1)
     steps = kernel if stride is None else _pair(name, "stride", stride, 1)
     pads, gaps = _pair(name, "padding", padding, 0), _pair(name, "dilation", dilation, 1)
@@ -245,6 +240,17 @@ def bn_act_maxpool(
         raise RuntimeError(f"{name}: padding must be at most half of kernel_size, got {padding!r}")
     args = (x, scale, shift, kernel, steps, pads, gaps, ceil_mode, act)
     return _run(name, (x, scale, shift), *args)
+
+
+def _conv_shape(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[int, ...]:
+    size = [
+        (x.size(i + 2) + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) // stride[i]
+        + 1
+        for i in (0, 1)
+    ]
+    return (x.size(0), weight.size(0), *size)
 
 
 def conv_bn_act(
@@ -295,28 +301,14 @@ def conv_bn_act(
     if torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    if x.dtype != weight.dtype:
-        raise RuntimeError(f"{name}: weight must be {x.dtype} as x is, got {weight.dtype}")
-    if groups < 1 or x.size(1) != weight.size(1) * groups or weight.size(0) % groups:
-        raise RuntimeError(
-            f"{name}: weight {tuple(weight.shape)} with groups {groups} expects x to have "
-            f"{weight.size(1) * groups} channels, got {x.size(1)}"
-        )
-    _check_channels(name, weight.size(0), scale=scale, shift=shift)
     steps, pads = _pair(name, "stride", stride, 1), _pair(name, "padding", padding, 0)
     gaps = _pair(name, "dilation", dilation, 1)
-    size = [
-        (x.size(i + 2) + 2 * pads[i] - gaps[i] * (weight.size(i + 2) - 1) - 1) // steps[i] + 1
-        for i in (0, 1)
-    ]
-    if min(size) < 1:
-        raise RuntimeError(
-            f"{name}: kernel {tuple(weight.shape[2:])} with dilation {dilation!r} is larger than "
-            f"the padded input {tuple(x.shape)}"
-        )
-    shape = (x.size(0), weight.size(0), *size)
-    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
-        y = conv_bn_act(x, weight, scale, shift, None, steps, pads, gaps, groups, "none", packed)
-        return add_act(y, residual, act)
+    if residual is not None:
+        shape = _conv_shape(x, weight, steps, pads, gaps)
+        if residual.dtype != x.dtype or residual.shape != shape:
+            y = conv_bn_act(
+                x, weight, scale, shift, None, steps, pads, gaps, groups, "none", packed
+            )
+            return add_act(y, residual, act)
     tensors = (x, weight, scale, shift, residual)
     return _run(name, tensors, *tensors, steps, pads, gaps, groups, act, packed)

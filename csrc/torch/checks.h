@@ -125,9 +125,25 @@ inline MemoryFormat format_of(bool channels_last) {
   return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-inline Tensor in_format(const Tensor& t, bool channels_last) {
-  return torch::stable::contiguous(t, format_of(channels_last));
+// Whether t is dense in the format; asking torch would cost a dispatch.
+inline bool is_in_format(const Tensor& t, bool channels_last) {
+  int64_t expected = 1;
+  const bool image = channels_last && t.dim() == 4;
+  for (int64_t i = t.dim() - 1; i >= 0; --i) {
+    const int64_t d = !image ? i : i == 3 ? 1 : i == 0 ? 0 : i + 1;
+    if (t.size(d) == 0) return true;
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
 }
+
+inline Tensor in_format(const Tensor& t, bool channels_last) {
+  return is_in_format(t, channels_last) ? t
+                                        : torch::stable::contiguous(t, format_of(channels_last));
+}
+
+inline Tensor in_order(const Tensor& t) { return in_format(t, false); }
 
 inline MaybeTensor in_format(const MaybeTensor& t, bool channels_last) {
   if (!t) return std::nullopt;

@@ -86,8 +86,8 @@ Tensor bn_act(Tensor x, Tensor scale, Tensor shift, MaybeTensor residual, std::s
   check_bn_act(kOp, x, scale, shift, residual);
   const bool channels_last = suggests_channels_last(x);
   x = in_format(x, channels_last);
-  scale = torch::stable::contiguous(scale);
-  shift = torch::stable::contiguous(shift);
+  scale = in_order(scale);
+  shift = in_order(shift);
   residual = in_format(residual, channels_last);
   Tensor out = new_output(x, sizes_of(x), channels_last);
   BnActArgs args = bn_act_args(kOp, x, scale, shift, residual, act, channels_last);
@@ -103,8 +103,8 @@ void bn_act_(Tensor x, Tensor scale, Tensor shift, MaybeTensor residual, std::st
   const bool channels_last = suggests_channels_last(x);
   // A tensor that is not dense is worked on in a copy and written back.
   Tensor dense = in_format(x, channels_last);
-  scale = torch::stable::contiguous(scale);
-  shift = torch::stable::contiguous(shift);
+  scale = in_order(scale);
+  shift = in_order(shift);
   residual = in_format(residual, channels_last);
   BnActArgs args = bn_act_args(kOp, dense, scale, shift, residual, act, channels_last);
   args.out = dense.mutable_data_ptr();
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> bn_scale_shift(Tensor running_mean, Tensor running_va
   const int64_t channels = running_mean.size(0);
   auto vector = [&](const char* argument, const Tensor& t) {
     check_channels(kOp, argument, t, channels, running_mean.scalar_type(), running_mean);
-    return torch::stable::contiguous(t);
+    return in_order(t);
   };
   running_mean = vector("running_mean", running_mean);
   running_var = vector("running_var", running_var);
@@ -168,8 +168,8 @@ Tensor bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, Ints kernel_size, In
            text(padding));
   const bool channels_last = suggests_channels_last(x);
   x = in_format(x, channels_last);
-  scale = torch::stable::contiguous(scale);
-  shift = torch::stable::contiguous(shift);
+  scale = in_order(scale);
+  shift = in_order(shift);
   BnActMaxpoolArgs args{};
   args.dtype = dtype_of(kOp, "x", x);
   args.act = act_of(kOp, act);
@@ -270,7 +270,7 @@ Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift
   auto vector = [&](const char* argument, MaybeTensor& t) {
     if (!t) return;
     check_channels(kOp, argument, *t, s.out_channels, accumulation_type(x.scalar_type()), x);
-    t = torch::stable::contiguous(*t);
+    t = in_order(*t);
   };
   vector("scale", scale);
   vector("shift", shift);
@@ -281,7 +281,7 @@ Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift
   if (packed) {
     check_channels(kOp, "packed", *packed, Device::packed_size(args.dtype, s),
                    accumulation_type(x.scalar_type()), x);
-    packed = torch::stable::contiguous(*packed);
+    packed = in_order(*packed);
   }
   const bool channels_last = suggests_channels_last(x) || suggests_channels_last(weight);
   // The kernel works in channels_last; a contiguous caller gets its layout back at the end.

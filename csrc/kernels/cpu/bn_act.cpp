@@ -73,14 +73,19 @@ Status bn_scale_shift(const BnScaleShiftArgs& args, const Pool&) {
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
-    auto value = [](const void* p, int64_t c, A otherwise) {
-      return p ? load_one(static_cast<const T*>(p) + c) : otherwise;
-    };
-    for (int64_t c = 0; c < args.channels; ++c) {
-      const A deviation = value(args.var, c, 0) + static_cast<A>(args.eps);
-      const A scale = value(args.weight, c, 1) / math::square_root(deviation);
-      static_cast<A*>(args.scale)[c] = scale;
-      static_cast<A*>(args.shift)[c] = value(args.bias, c, 0) - value(args.mean, c, 0) * scale;
+    for (int64_t c = 0; c < args.channels; c += kLanes<A>) {
+      const int64_t n = args.channels - c < kLanes<A> ? args.channels - c : kLanes<A>;
+      auto get = [&](const void* p, A otherwise) {
+        if (!p) return splat(otherwise);
+        const T* from = static_cast<const T*>(p) + c;
+        return n == kLanes<A> ? load(from) : load(from, n);
+      };
+      auto put = [&](void* p, Vec<A> v) { store(static_cast<A*>(p) + c, v, n); };
+      Vec<A> scale = get(args.var, 0) + splat(static_cast<A>(args.eps));
+      for (int i = 0; i < kLanes<A>; ++i) scale[i] = math::square_root(scale[i]);
+      scale = get(args.weight, 1) / scale;
+      put(args.scale, scale);
+      put(args.shift, get(args.bias, 0) - get(args.mean, 0) * scale);
     }
     return Status::ok;
   });
