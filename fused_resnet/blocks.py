@@ -77,7 +77,9 @@ class Fused(_Base):
         return obstacle(modules, self.skipped(), x)
 
 
-def _fused(original: Callable[..., Any]) -> Callable[..., Any]:
+def fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A twin's method that runs fused where nothing stands against it, else as ``original``."""
+
     @functools.wraps(original)
     def forward(self: Any, x: Any) -> Any:
         if self.obstacle(x) is not None:
@@ -102,7 +104,7 @@ def _is_conv_bn(m: nn.Module | None) -> bool:
 _SHORTCUT = Pair("downsample.0", "downsample.1")
 
 
-class _Residual(Fused):
+class Residual(Fused):
     """A residual block: its convolutions one after the other, the last with the shortcut added."""
 
     if TYPE_CHECKING:
@@ -129,14 +131,14 @@ class _Residual(Fused):
         return y
 
 
-class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
+class BasicBlock(Residual, torchvision_resnet.BasicBlock):
     """:class:`torchvision.models.resnet.BasicBlock`, fused."""
 
     chain = (Pair("conv1", "bn1", "relu"), Pair("conv2", "bn2", "relu", residual=True))
-    forward = _fused(torchvision_resnet.BasicBlock.forward)
+    forward = fused_forward(torchvision_resnet.BasicBlock.forward)
 
 
-class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
+class Bottleneck(Residual, torchvision_resnet.Bottleneck):
     """:class:`torchvision.models.resnet.Bottleneck`, fused."""
 
     chain = (
@@ -144,48 +146,30 @@ class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
         Pair("conv2", "bn2", "relu"),
         Pair("conv3", "bn3", "relu", residual=True),
     )
-    forward = _fused(torchvision_resnet.Bottleneck.forward)
+    forward = fused_forward(torchvision_resnet.Bottleneck.forward)
 
 
-#: A frozen ResNet takes a batch in slices of about this many pixels (two images of 224x224), whose
-#: activations stay in the caches of today's processors; the result is the same image by image.
-_SLICE_PIXELS = 2 * 224 * 224
+class Stem(Fused):
+    """A network whose first steps are conv1, bn1, ReLU and max pooling."""
 
-
-class ResNet(Fused, torchvision_resnet.ResNet):
-    """:class:`torchvision.models.ResNet` with a fused stem: conv, then BN + ReLU + max pooling."""
+    relu_name = "relu"
 
     def find_pairs(self) -> list[Pair]:
         return [Pair("conv1", "bn1", "relu")]
 
     def skipped(self) -> list[tuple[nn.Module, type]]:
-        return [(self.relu, nn.ReLU), (self.maxpool, nn.MaxPool2d)]
+        return [(self.get(self.relu_name), nn.ReLU), (self.maxpool, nn.MaxPool2d)]
 
     def obstacle(self, x: Tensor) -> str | None:
-        if self.maxpool.return_indices:
+        if getattr(self.maxpool, "return_indices", False):
             return "maxpool returns indices"
         return super().obstacle(x)
-
-    def run(self, x: Tensor) -> Tensor:
-        # The layout inside is ours to choose: what comes out has been flattened.
-        x = x.contiguous(memory_format=torch.channels_last)
-        if self.frozen_pairs is not None and not torch.compiler.is_compiling():
-            images = max(1, _SLICE_PIXELS // max(1, x.size(2) * x.size(3)))
-            if x.size(0) > images:
-                return torch.cat([self.features(part) for part in x.split(images)])
-        return self.features(x)
-
-    def features(self, x: Tensor) -> Tensor:
-        if self.frozen_pairs is None:
-            y = self.stem(x)
-        else:
-            y = self.maxpool(self.pair(self.frozen_pairs[0], x))
-        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
-        return self.fc(torch.flatten(self.avgpool(y), 1))
 
     def stem(self, x: Tensor) -> Tensor:
         """``maxpool(relu(bn1(conv1(x))))``: the convolution's output is read once, as it is."""
         pool = self.maxpool
+        if self.frozen_pairs is not None:
+            return pool(self.pair(self.frozen_pairs[0], x))
         scale, shift = pair_scale_shift(self.conv1, self.bn1)
         return functional.bn_act_maxpool(
             convolve(self.conv1, x),
@@ -198,7 +182,29 @@ class ResNet(Fused, torchvision_resnet.ResNet):
             pool.ceil_mode,
         )
 
-    forward = _fused(torchvision_resnet.ResNet.forward)
+
+#: A frozen ResNet takes a batch in slices of about this many pixels (two images of 224x224), whose
+#: activations stay in the caches of today's processors; the result is the same image by image.
+_SLICE_PIXELS = 2 * 224 * 224
+
+
+class ResNet(Stem, torchvision_resnet.ResNet):
+    """:class:`torchvision.models.ResNet` with a fused stem."""
+
+    def run(self, x: Tensor) -> Tensor:
+        # The layout inside is ours to choose: what comes out has been flattened.
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.frozen_pairs is not None and not torch.compiler.is_compiling():
+            images = max(1, _SLICE_PIXELS // max(1, x.size(2) * x.size(3)))
+            if x.size(0) > images:
+                return torch.cat([self.logits(part) for part in x.split(images)])
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        y = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
+        return self.fc(torch.flatten(self.avgpool(y), 1))
+
+    forward = fused_forward(torchvision_resnet.ResNet.forward)
 
 
 class _Chain(Fused):
@@ -241,13 +247,13 @@ class _Chain(Fused):
 class Sequential(_Chain, nn.Sequential):
     """:class:`torch.nn.Sequential` holding conv, BatchNorm and ReLU in a row, fused."""
 
-    forward = _fused(nn.Sequential.forward)
+    forward = fused_forward(nn.Sequential.forward)
 
 
 class Conv2dNormActivation(_Chain, TorchvisionConv2dNormActivation):
     """:class:`torchvision.ops.Conv2dNormActivation`, fused."""
 
-    forward = _fused(TorchvisionConv2dNormActivation.forward)
+    forward = fused_forward(TorchvisionConv2dNormActivation.forward)
 
 
 #: What fuse swaps: the class a module must be of, exactly, and its fused twin.

@@ -13,7 +13,12 @@ from .conditions import BATCH_NORMS, pair_obstacle, plain
 
 M = TypeVar("M", bound=nn.Module)
 
-_ORIGINALS = {twin: original for original, twin in TWINS.items()}
+
+def _originals() -> dict[type, type]:
+    """The class each fused twin stands for."""
+    if "timm.models.resnet" in sys.modules:
+        from . import timm_blocks  # noqa: F401 (adds its classes to TWINS)
+    return {twin: original for original, twin in TWINS.items()}
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ def _check_model(op: str, model: nn.Module) -> None:
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules with a fused twin, whether swapped already or not, that hold a pair."""
     inside: set[nn.Module] = set()
+    originals = _originals()
     for path, m in model.named_modules():
-        kind = _ORIGINALS.get(type(m), type(m))
+        kind = originals.get(type(m), type(m))
         if kind not in TWINS or m in inside:
             continue
         twin = _as_twin(m)
@@ -159,9 +165,10 @@ def fuse(model: M, *, strict: bool = False) -> M:
 def unfuse(model: M) -> M:
     """Undo :func:`fuse`, in place: every module gets its own class back. Returns ``model``."""
     _check_model("unfuse", model)
+    originals = _originals()
     for m in model.modules():
-        if type(m) in _ORIGINALS:
-            m.__class__ = _ORIGINALS[type(m)]
+        if type(m) in originals:
+            m.__class__ = originals[type(m)]
     return model
 
 
