@@ -18,6 +18,8 @@ constexpr int64_t kChunkBytes = 256 << 10;
 constexpr int64_t kCachedWeightBytes = 512 << 10;
 // Up to this much input and output, panels are packed on the way rather than beforehand.
 constexpr int64_t kPackInPassBytes = 1 << 20;
+// Steps of a tile between one round of prefetches and the next.
+constexpr int64_t kBlock = 16;
 // Products summed up in registers before they are added to the sum in memory.
 constexpr int64_t kSumSteps = 256;
 
@@ -30,20 +32,28 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// What to prefetch while a tile is computed, and how many bytes to go on at every step of it.
+// Memory to prefetch while a tile is computed: so many bytes from `at` on for each kBlock steps of
+// it.
 struct Ahead {
-  const char* panel;
-  int64_t panel_step;
-  const char* input;
-  int64_t input_step;
+  const char* at;
+  int64_t bytes;
 };
+
+template <int kWrite>
+FR_VEC void prefetch(Ahead& ahead) {
+  for (int64_t line = 0; line < ahead.bytes; line += 64)
+    __builtin_prefetch(ahead.at + line, kWrite, 3);
+  ahead.at += ahead.bytes;
+}
 
 // acc[r][:] = sum over taps and depth of rows[tap][r][k] * panel[tap][k][:]. Sums are kept in
 // registers for kSumSteps products and then added up in acc: a shorter chain rounds less, and costs
 // 1% of the time.
 template <class A, int kVecs>
 __attribute__((noinline)) void tile(const A* const* rows, int64_t taps, int64_t offset,
-                                    int64_t depth, const A* panel, Ahead ahead, A* acc) {
+                                    int64_t depth, const A* panel, Ahead next_panel,
+                                    Ahead next_input, Ahead next_output, Ahead next_residual,
+                                    A* acc) {
   Vec<A> sum[kRows][kVecs] = {};
   bool first = true;
   auto flush = [&] {
@@ -62,13 +72,14 @@ __attribute__((noinline)) void tile(const A* const* rows, int64_t taps, int64_t 
     const A* row[kRows];
     for (int r = 0; r < kRows; ++r) row[r] = rows[r] + offset;
     for (int64_t k = 0; k < depth;) {
-      const int64_t end = depth - k < room ? depth : k + room;
+      const int64_t left = depth - k < room ? depth - k : room;
+      const int64_t end = k + (left < kBlock ? left : kBlock);
       room -= end - k;
+      prefetch<0>(next_panel);
+      prefetch<0>(next_input);
+      prefetch<1>(next_output);
+      prefetch<0>(next_residual);
       for (; k < end; ++k, panel += kVecs * kLanes<A>) {
-        __builtin_prefetch(ahead.panel, 0, 2);
-        __builtin_prefetch(ahead.input, 0, 3);
-        ahead.panel += ahead.panel_step;
-        ahead.input += ahead.input_step;
         Vec<A> w[kVecs];
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) w[v] = load(panel + v * kLanes<A>);
@@ -198,27 +209,46 @@ struct Conv {
       point(begin, end, static_cast<const A*>(args.x), 0, rows.data);
     }
     A acc[kRows * kMaxVecs * kLanes<A>];
-    const int64_t ahead_step = panels.elements() * sizeof(A) / (tiles * steps);
+    const int64_t weight_bytes = (panel_end - panel_begin) * panels.elements() * sizeof(A);
+    // Weights that stay in the cache are passed over for every tile, which then writes whole
+    // pixels.
+    const bool whole_pixels =
+        packed && weight_bytes <= kCachedWeightBytes && panel_end - panel_begin == panels.count;
+    const int64_t blocks = taps() * ((depth() + kBlock - 1) / kBlock);
+    const int64_t panel_bytes = panels.elements() * sizeof(A) / (tiles * blocks);
+    const int64_t tile_bytes = kRows * s.out_channels * sizeof(T);
+    const int64_t output_bytes = whole_pixels ? tile_bytes / (blocks * panels.count) : 0;
     auto one = [&](int64_t p, int64_t t) {
       const A* weights = packed ? packed + p * panels.elements() : panel.data;
-      const A* next = packed && p + 1 < panel_end ? weights + panels.elements() : weights;
       const A* const* tile_rows = rows.data + t * taps() * kRows;
-      // The first panel brings the input in where nothing has copied it; later ones find it cached.
-      const bool fetch = !copies && p == panel_begin && t + 1 < tiles;
-      const Ahead ahead{reinterpret_cast<const char*>(next) + t * steps * ahead_step, ahead_step,
-                        reinterpret_cast<const char*>(fetch ? tile_rows[kRows] : acc),
-                        fetch ? kRows * static_cast<int64_t>(sizeof(A)) : 0};
+      // The processor does not see these coming. The first panel brings in the input, where it was
+      // not copied; later ones find it in the cache.
+      Ahead next_panel{}, next_input{}, next_output{}, next_residual{};
+      if (packed && p + 1 < panel_end)
+        next_panel = {
+            reinterpret_cast<const char*>(weights + panels.elements()) + t * blocks * panel_bytes,
+            panel_bytes};
+      if (!copies && p == panel_begin && t + 1 < tiles)
+        next_input = {reinterpret_cast<const char*>(tile_rows[kRows]),
+                      kRows * kBlock * static_cast<int64_t>(sizeof(A))};
+      if (output_bytes && t + 1 < tiles) {
+        const int64_t at =
+            (begin + (t + 1) * kRows) * s.out_channels * sizeof(T) + p * blocks * output_bytes;
+        next_output = {static_cast<const char*>(args.out) + at, output_bytes};
+        if (args.residual)
+          next_residual = {static_cast<const char*>(args.residual) + at, output_bytes};
+      }
       const int64_t offset = merged ? 0 : first_channel(panels, s, p);
       if (panels.vecs == 1)
-        tile<A, 1>(tile_rows, taps(), offset, depth(), weights, ahead, acc);
+        tile<A, 1>(tile_rows, taps(), offset, depth(), weights, next_panel, next_input, next_output,
+                   next_residual, acc);
       else
-        tile<A, kMaxVecs>(tile_rows, taps(), offset, depth(), weights, ahead, acc);
+        tile<A, kMaxVecs>(tile_rows, taps(), offset, depth(), weights, next_panel, next_input,
+                          next_output, next_residual, acc);
       const int64_t first = begin + t * kRows;
       finish(acc, first, end - first < kRows ? end - first : kRows, p);
     };
-    const int64_t weight_bytes = (panel_end - panel_begin) * panels.elements() * sizeof(A);
-    if (packed && weight_bytes <= kCachedWeightBytes) {
-      // Weights that stay in the cache: output pixels are written whole, one after the other.
+    if (whole_pixels) {
       for (int64_t t = 0; t < tiles; ++t)
         for (int64_t p = panel_begin; p < panel_end; ++p) one(p, t);
       return Status::ok;
