@@ -15,7 +15,8 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import Conv2dNormActivation as TorchvisionConv2dNormActivation
 
 from . import functional
-from .conditions import BATCH_NORMS, obstacle
+from .conditions import BATCH_NORMS, hooked, obstacle
+from .frozen_conv import FrozenConv
 from .modules import conv_bn, convolve, pair_scale_shift
 
 if TYPE_CHECKING:  # every fused class is a module too; its bases bring nn.Module in
@@ -183,9 +184,9 @@ class Stem(Fused):
         )
 
 
-#: A frozen ResNet takes a batch in slices of about this many pixels (two images of 224x224), whose
-#: activations stay in the caches of today's processors; the result is the same image by image.
-_SLICE_PIXELS = 2 * 224 * 224
+#: A frozen ResNet takes a batch in slices of about this many pixels (four images of 224x224), whose
+#: activations are smaller than today's caches; the result is the same image by image.
+_SLICE_PIXELS = 4 * 224 * 224
 
 
 class ResNet(Stem, torchvision_resnet.ResNet):
@@ -194,15 +195,25 @@ class ResNet(Stem, torchvision_resnet.ResNet):
     def run(self, x: Tensor) -> Tensor:
         # The layout inside is ours to choose: what comes out has been flattened.
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.frozen_pairs is not None and not torch.compiler.is_compiling():
-            images = max(1, _SLICE_PIXELS // max(1, x.size(2) * x.size(3)))
-            if x.size(0) > images:
-                return torch.cat([self.logits(part) for part in x.split(images)])
-        return self.logits(x)
+        images = max(1, _SLICE_PIXELS // max(1, x.size(2) * x.size(3)))
+        if x.size(0) > images and self.slices():
+            return self.fc(torch.cat([self.pooled(part) for part in x.split(images)]))
+        return self.fc(self.pooled(x))
 
-    def logits(self, x: Tensor) -> Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
         y = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
-        return self.fc(torch.flatten(self.avgpool(y), 1))
+        return torch.flatten(self.avgpool(y), 1)
+
+    def slices(self) -> bool:
+        """Whether a batch may be cut: all that runs is ours or torch's, and nobody is watching."""
+        if self.frozen_pairs is None or torch.compiler.is_compiling():
+            return False
+        kinds = (Fused, FrozenConv, nn.Sequential, nn.ReLU, nn.Identity, nn.AdaptiveAvgPool2d)
+        within = [m for layer in (*self.layers(), self.avgpool) for m in layer.modules()]
+        return all(isinstance(m, kinds) and not hooked(m) for m in within)
+
+    def layers(self) -> list[nn.Module]:
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     forward = fused_forward(torchvision_resnet.ResNet.forward)
 

@@ -19,7 +19,8 @@ from . import engines
 BATCH_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
-def _hooked(m: nn.Module) -> bool:
+def hooked(m: nn.Module) -> bool:
+    """Whether anything watches calls of ``m``."""
     return bool(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     )
@@ -32,7 +33,7 @@ def plain(m: nn.Module, kinds: Iterable[type]) -> str | None:
     """
     if type(m) not in kinds:
         return f"it is a {type(m).__name__}"
-    if _hooked(m):
+    if hooked(m):
         return "it has hooks"
     if "forward" in m.__dict__:
         return "its forward is overridden on the instance"
@@ -91,6 +92,11 @@ def obstacle(
     """
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.dtype.is_floating_point:
         return "input is not a 4-D floating point tensor"
+    if not torch.compiler.is_compiling():
+        if torch.jit.is_tracing():
+            return "torch.jit.trace is recording"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a functorch transform is active"
     if nn_module._has_any_global_hook():
         return "global module hooks are set"
     for m, kind in skipped:
@@ -111,11 +117,6 @@ def obstacle(
             tensors += [conv.weight, conv.bias, bn.weight, bn.bias]
         if any(t is not None and t.requires_grad for t in tensors):
             return "a gradient is needed"
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a functorch transform is active"
-        if torch.jit.is_tracing():
-            return "torch.jit.trace is recording"
     if (
         engines.wish() == "auto"
         and engines.choose("conv_bn_act", x.device.type, x.dtype) == "reference"

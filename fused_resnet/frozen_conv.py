@@ -1,0 +1,115 @@
+"""The layer that :func:`fused_resnet.freeze` makes of a convolution and its BatchNorm."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import vendor
+from .modules import pair_scale_shift
+from .reference import accumulation_dtype
+
+#: A layer is folded only where every folded weight is within this of its float64 value, relative to
+#: the largest of its channel. Overflow, NaN and vanishing scales fall outside.
+FOLD_BOUND = 2.0**-22
+
+#: How often each engine is timed on a layer, and how much faster another must be to be taken.
+TUNE_ROUNDS = 3
+TUNE_MARGIN = 1.1
+
+
+def _fold(weight: Tensor, scale: Tensor) -> Tensor | None:
+    """``weight * scale`` in the accumulation type, or None where it loses more than FOLD_BOUND."""
+    column = (-1, 1, 1, 1)
+    folded = weight.to(scale.dtype) * scale.view(column)
+    if not torch.isfinite(folded).all():
+        return None
+    exact = weight.double() * scale.double().view(column)
+    error = (folded.double() - exact).abs().amax((1, 2, 3))
+    return folded if bool((error <= FOLD_BOUND * exact.abs().amax((1, 2, 3))).all()) else None
+
+
+class FrozenConv(nn.Module):
+    """A convolution and its BatchNorm with constant weights: ``act(conv(x) * scale + shift + r)``.
+
+    In float32 and float64 the scale is folded into the weight; in half types, where rounding folded
+    weights costs accuracy and the epilogue's multiplication costs nothing, it stays beside it. The
+    packed weight is derived: it is rebuilt after copying, loading and moving, and never saved.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        live_scale, live_shift = pair_scale_shift(conv, bn)
+        scale = live_scale.to(accumulation_dtype(dtype))
+        weight = conv.weight.detach().to(dtype)
+        folded = _fold(weight, scale) if dtype == scale.dtype else None
+        weight = (weight if folded is None else folded).clone(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale if folded is None else None)
+        self.register_buffer("shift", live_shift.to(scale.dtype))
+        self.geometry: tuple[list[int], list[int], list[int], int] = (
+            list(conv.stride),
+            list(conv.padding),  # type: ignore[arg-type]
+            list(conv.dilation),
+            conv.groups,
+        )
+        self.engine = "native"
+        self._packed: Tensor | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether BatchNorm's scale is inside the weight."""
+        return self.scale is None
+
+    def forward(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> Tensor:
+        args = (x, self.weight, self.scale, self.shift, residual, *self.geometry, act)
+        # Compiled and exported programs carry plain weights only.
+        if torch.compiler.is_compiling():
+            return torch.ops.fused_resnet.conv_bn_act(*args)
+        if self.engine == "vendor":
+            return vendor.conv_bn_act(*args)
+        if self._packed is None:
+            self._packed = torch.ops.fused_resnet.conv_pack(self.weight, self.geometry[3])
+        return torch.ops.fused_resnet.conv_bn_act(*args, self._packed)
+
+    def tune(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> None:
+        """Move this layer to the vendor if that is clearly faster on ``x``."""
+        times: dict[str, list[float]] = {"native": [], "vendor": []}
+        for turn in range(TUNE_ROUNDS + 1):
+            for self.engine in times:
+                start = time.perf_counter()
+                self.forward(x, act, residual)
+                if turn > 0:  # the first packs, and warms up
+                    times[self.engine].append(time.perf_counter() - start)
+        clear = min(times["vendor"]) * TUNE_MARGIN < min(times["native"])
+        self.engine = "vendor" if clear else "native"
+
+    def forget(self) -> None:
+        """Drop the packed weight; the next call packs again."""
+        self._packed = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, *kernel = self.weight.shape
+        stride, padding, dilation, groups = self.geometry
+        return (
+            f"{in_channels * groups}, {out_channels}, kernel_size={tuple(kernel)}, "
+            f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, "
+            f"folded={self.folded}, engine={self.engine!r}"
+        )
