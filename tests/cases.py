@@ -1,0 +1,273 @@
+"""What the op tests are made of: backends, layouts, shapes cut from the kernels' own tile sizes, and
+``verify``, which holds one op on one backend against eager torch and float64.
+
+An op's eager twin is the chain of torch calls it replaces; run on float64 it is the truth, so that
+fused_resnet/reference.py is judged like any other engine.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tolerances import judge
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fused_resnet
+from fused_resnet import engines
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+DTYPES = engines.DTYPES
+HALF = (torch.bfloat16, torch.float16)
+EPS = 1e-5
+
+#: The engines under test. One that only passes on to another for an op is not listed for it.
+ENGINES = {
+    "reference": engines.OPS,
+    "native": engines.OPS,
+    "vendor": ("conv_bn_act",),
+}
+
+
+class Backend(NamedTuple):
+    device: str
+    engine: str
+
+
+def backends(op: str, isa: bool = False) -> list[Any]:
+    """The backends that have ``op``, to parametrize with; ``isa`` marks the CPU's native one."""
+    params = []
+    for engine, ops in ENGINES.items():
+        for device in ("cpu", "cuda"):
+            if op not in ops or engines.why_not(engine, op, device, torch.float32) is not None:
+                continue
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            if isa and (device, engine) == ("cpu", "native"):
+                marks.append(pytest.mark.isa)
+            name = f"{device}-{engine}"
+            params.append(pytest.param(Backend(device, engine), id=name, marks=marks))
+    return params
+
+
+def over_backends(op: str, isa: bool = False) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("backend", backends(op, isa))
+
+
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+over_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+
+
+def _constants() -> dict[str, list[int]]:
+    """Every ``constexpr int kName = value`` of the CPU kernels, in order of appearance."""
+    found: dict[str, list[int]] = {}
+    for path in sorted((ROOT / "csrc" / "kernels" / "cpu").glob("*.[hc]*")):
+        pattern = r"constexpr int(?:64_t)? (k\w+) = (\d+)(?: << (\d+))?;"
+        for name, value, shift in re.findall(pattern, path.read_text()):
+            found.setdefault(name, []).append(int(value) << int(shift or 0))
+    return found
+
+
+TILE = _constants()
+LANES = {torch.float64: 8}  # of a vector; 16 for every other dtype, which is computed in float32
+ROWS = sorted(set(TILE["kRows"]))
+PANELS = sorted({vecs * lanes for vecs in TILE["kMaxVecs"] for lanes in (8, 16)})
+
+
+def around(*tiles: int) -> list[int]:
+    """Just below, at and above each tile size and its double, and one."""
+    near = {n + d for tile in tiles for n in (tile, 2 * tile) for d in (-1, 0, 1)}
+    return sorted({1, *near} - {0})
+
+
+# --- Layouts: the same values, laid out otherwise. ---
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """With the strides of channels_last even where contiguous ones would do: C = 1, 1x1 images."""
+    if t.dim() != 4:
+        return t.contiguous()
+    return torch.empty_like(t, memory_format=torch.channels_last).copy_(t)
+
+
+def sliced(t: Tensor) -> Tensor:
+    """Every second element of something larger, in the last dimension."""
+    if t.dim() == 0:
+        return t
+    larger = t.new_full((*t.shape[:-1], 2 * t.size(-1) + 1), torch.nan)
+    view = larger[..., 1::2]
+    return view.copy_(t)
+
+
+def sliced_channels(t: Tensor) -> Tensor:
+    """Some channels of a wider channels_last tensor."""
+    if t.dim() != 4:
+        return sliced(t)
+    wider = channels_last(t.new_full((t.size(0), t.size(1) + 3, *t.shape[2:]), torch.nan))
+    return wider[:, 1 : 1 + t.size(1)].copy_(t)
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """Dense, but one element past the beginning of its storage."""
+    return t.new_full((t.numel() + 1,), torch.nan)[1:].view(t.shape).copy_(t)
+
+
+def negative(t: Tensor) -> Tensor:
+    """Memory holds the negated values and the tensor carries torch's negative bit."""
+    return torch._neg_view(t.neg())
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "channels_last": channels_last,
+    "sliced": sliced,
+    "sliced_channels": sliced_channels,
+    "misaligned": misaligned,
+    "negative": negative,
+    "transposed": lambda t: t if t.dim() < 2 else t.mT.contiguous().mT,
+    "expanded": lambda t: t[:1].expand(t.shape),  # the first image in every place
+}
+
+# --- Inputs. ---
+
+
+class Source:
+    """Random tensors of one seed, rounded to one dtype."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        unit = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return (low + (high - low) * unit).to(self.dtype)
+
+    def batch_norm(self, channels: int) -> dict[str, Tensor]:
+        """Parameters and statistics; in float32 for half types, as under AMP."""
+        dtype = torch.float32 if self.dtype in HALF else self.dtype
+        vectors = {
+            "mean": self.normal(channels),
+            "var": self.uniform(0.25, 4, channels),
+            "gamma": self.normal(channels),
+            "beta": self.normal(channels),
+        }
+        return {name: v.to(dtype) for name, v in vectors.items()}
+
+
+def torch_batch_norm(y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return F.batch_norm(y, mean, var, gamma, beta, training=False, eps=EPS)
+
+
+def scale_shift(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    return fused_resnet.functional.bn_scale_shift(mean, var, gamma, beta, EPS)
+
+
+def torch_act(y: Tensor, act: str) -> Tensor:
+    return torch.relu(y) if act == "relu" else y
+
+
+# --- Comparing. ---
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.detach().resolve_neg().contiguous().view(_BITS[t.element_size()])
+
+
+def assert_identical(a: Any, b: Any, what: str = "results") -> None:
+    """Equal shapes, strides, dtypes and bits, of tensors or of nests of them."""
+    for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
+        if isinstance(x, Tensor):
+            assert x.dtype == y.dtype, f"{what} differ in dtype: {x.dtype}, {y.dtype}"
+            assert x.shape == y.shape, f"{what} differ in shape: {x.shape}, {y.shape}"
+            assert x.stride() == y.stride(), f"{what} differ in strides: {x.stride()}, {y.stride()}"
+            assert torch.equal(bits(x), bits(y)), f"{what} differ in their bits"
+        else:
+            assert x == y, f"{what} differ: {x}, {y}"
+
+
+def of_tensors(f: Callable[[Tensor], Any], nest: Any) -> Any:
+    return tree_map(lambda t: f(t) if isinstance(t, Tensor) else t, nest)
+
+
+def copied(nest: Any) -> Any:
+    """Copies with the strides their originals have."""
+
+    def copy(t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+    return of_tensors(lambda t: t.clone() if 0 in t.stride() else copy(t), nest)
+
+
+def per_channel(v: Tensor) -> Tensor:
+    return v.view(1, -1, 1, 1)
+
+
+def shadow(nest: Any) -> Any:
+    """On the meta device, where only shapes and strides exist, and fake kernels run."""
+    return of_tensors(
+        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), nest
+    )
+
+
+def at_threads(count: int, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return f(*args, **kwargs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def verify(
+    backend: Backend,
+    ours: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    inputs: Callable[[int], dict[str, Any]],
+) -> None:
+    """Hold ``ours`` on ``backend`` against ``eager``.
+
+    Values by the rule of tolerances.py; output strides equal to eager's; inputs as they were; the same
+    bits from a second run and, of our own kernels, with one thread.
+
+    Args:
+        ours, eager: take what ``inputs`` returns as keyword arguments.
+        inputs: of a seed.
+    """
+    results: list[Sequence[Tensor]] = []
+    for seed in SEEDS:
+        given = of_tensors(lambda t: t.to(backend.device), inputs(seed))
+        before = of_tensors(lambda t: (t.clone(), t.stride()), given)
+        with fused_resnet.use_engine(backend.engine):
+            result = ours(**given)
+            assert_identical(ours(**given), result, "two runs")
+            if backend == ("cpu", "native"):
+                assert_identical(at_threads(1, ours, **given), result, "one thread and two")
+        expected = eager(**given)
+        assert_identical(of_tensors(lambda t: (t.clone(), t.stride()), given), before, "inputs")
+        assert result.stride() == expected.stride(), (result.stride(), expected.stride())
+        results.append((result, expected, eager(**of_tensors(Tensor.double, given))))
+    judge(*zip(*results, strict=True))
+
+
+@functools.cache
+def isas() -> tuple[str, ...]:
+    """The instruction sets this processor can run, the best last."""
+    from fused_resnet import _C
+
+    has = set(_C.cpu_features())
+    wanted = {
+        "generic": set(),
+        "avx2": {"avx2", "fma"},
+        "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    }
+    return tuple(name for name, features in wanted.items() if features <= has)

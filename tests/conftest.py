@@ -1,0 +1,121 @@
+"""Options, markers and what holds around every test.
+
+A skip is never silent: ``--require`` names what must be there, and a test skipped for want of it fails.
+What a run leaves out on purpose (``slow`` tests without ``--full``, ``gpu`` tests without a GPU) is
+deselected instead, and the header says so.
+"""
+
+import os
+import re
+
+# Threads that wait must not spin: with a worker of pytest-xdist per core they would take the cores
+# from those they wait for. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+import fused_resnet
+from fused_resnet import _C
+
+THREADS = 2
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fused_resnet")
+    group.addoption("--full", action="store_true", help="run the tests marked slow too")
+    group.addoption(
+        "--require",
+        default="",
+        metavar="LIST",
+        help="comma-separated capabilities (gpu, g++, nvcc, triton, ...): a test whose reason to be "
+        "skipped names one of them fails; all: every skip is a failure",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "isa: repeated with every instruction set")
+    if "gpu" in required(config) and not torch.cuda.is_available():
+        raise pytest.UsageError("--require=gpu: torch.cuda.is_available() is False")
+    torch.set_num_threads(THREADS)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # its default is TF32: 10 bits
+
+
+def required(config) -> list[str]:
+    return [word for word in config.getoption("--require").split(",") if word]
+
+
+def left_out(config) -> dict[str, str]:
+    """Markers whose tests do not run here, and why."""
+    markers = {}
+    if not config.getoption("--full"):
+        markers["slow"] = "no --full"
+    if not torch.cuda.is_available():
+        markers["gpu"] = "no CUDA device"
+    return markers
+
+
+def pytest_report_header(config):
+    markers = ", ".join(f"{name} ({why})" for name, why in left_out(config).items())
+    return [
+        f"fused_resnet: {fused_resnet.__version__}, isa {_C.isa()}, torch {torch.__version__}",
+        f"fused_resnet: left out: {markers or 'nothing'}; required: "
+        f"{config.getoption('--require') or 'nothing'}",
+    ]
+
+
+def pytest_collection_modifyitems(config, items):
+    markers = left_out(config)
+    out = [item for item in items if any(item.get_closest_marker(name) for name in markers)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+
+
+def forbidden(config, reason: str) -> str | None:
+    """Why a skip for ``reason`` is a failure in this run, or None."""
+    for name in required(config):
+        if name == "all" or re.search(rf"(?<!\w){re.escape(name)}(?!\w)", reason):
+            return f"skipped, but --require={config.getoption('--require')}: {reason}"
+    return None
+
+
+def fail_forbidden_skip(config, report) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if (message := forbidden(config, reason)) is not None:
+            report.outcome = "failed"
+            report.longrepr = f"{report.nodeid}: {message}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    fail_forbidden_skip(item.config, report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    fail_forbidden_skip(collector.config, report)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.stats.get("skipped", []):
+        terminalreporter.write_line(f"SKIPPED {report.nodeid}: {report.longrepr[2]}")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that is allocated and not written reads as NaN, whoever allocates it."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,203 @@
+// conv_bn_act against seven nested loops, at the edges of this instruction set's own tile.
+#include "check.h"
+
+namespace {
+
+using fused_resnet::ConvShape;
+using kernels::kRows;
+
+struct Case {
+  ConvShape shape;
+  bool thorough;  // every choice of packing, weight layout and epilogue
+};
+
+ConvShape shape(int64_t batch, int64_t height, int64_t width, int64_t in, int64_t out,
+                int64_t kernel, int64_t stride = 1, int64_t padding = 0, int64_t dilation = 1,
+                int64_t groups = 1) {
+  ConvShape s{batch, height, width, in, 0, 0, out, {}, {}, {}, {}, groups};
+  for (int i = 0; i < 2; ++i) {
+    s.kernel[i] = kernel;
+    s.stride[i] = stride;
+    s.padding[i] = padding;
+    s.dilation[i] = dilation;
+  }
+  return s;
+}
+
+void measure(ConvShape& s) {
+  auto length = [&](int64_t n, int i) {
+    return (n + 2 * s.padding[i] - s.dilation[i] * (s.kernel[i] - 1) - 1) / s.stride[i] + 1;
+  };
+  s.out_height = length(s.height, 0);
+  s.out_width = length(s.width, 1);
+}
+
+template <class T>
+std::vector<Case> cases() {
+  const int64_t lanes = kernels::kLanes<Acc<T>>, width = kernels::kMaxVecs * lanes;
+  std::vector<Case> all;
+  auto add = [&](ConvShape s, bool thorough = false) {
+    measure(s);
+    all.push_back({s, thorough});
+  };
+  for (int64_t pixels : {kRows - 1, kRows, kRows + 1, 2 * kRows + 1}) {
+    add(shape(1, 1, pixels, 5, 7, 1));
+    add(shape(1, 1, pixels, 5, 7, 3, 1, 1));
+  }
+  for (int64_t out :
+       {int64_t(1), lanes - 1, lanes, lanes + 1, width - 1, width, width + 1, 2 * width + 3}) {
+    add(shape(1, 3, 5, 6, out, 1));
+    add(shape(1, 3, 4, 4, out, 3, 1, 1));
+    add(shape(1, 3, 4, 6, 2 * out, 3, 1, 1, 1, 2));
+  }
+  for (int64_t in : {1, 3, 15, 16, 17}) add(shape(2, 4, 3, in, 9, 3, 2, 1));
+  add(shape(1, 2, 3, FR_SUM_STEPS + 1, 5, 1));
+  add(shape(1, 2, 3, FR_SUM_STEPS / 9 + 1, 5, 3, 1, 1));
+  add(shape(1, 11, 9, 3, 8, 7, 2, 3), true);        // the stem
+  add(shape(2, 5, 4, 9, 17, 1, 2), true);           // a projection
+  add(shape(2, 5, 4, 6, 18, 3, 1, 1, 1, 3), true);  // groups
+  add(shape(2, 4, 4, 8, 8, 3, 1, 1, 1, 8), true);   // depthwise
+  add(shape(1, 7, 6, 4, 5, 3, 1, 2, 2));            // dilation
+  add(shape(2, 3, 3, 4, 5, 1, 3, 4));               // whole windows in the padding
+  add(shape(1, 1, 1, 1, 1, 1), true);               // the least there is
+  add(shape(0, 3, 3, 4, 5, 3, 1, 1));               // no images
+  ConvShape oblong = shape(2, 6, 7, 5, 9, 1);
+  oblong.kernel[0] = 4;
+  oblong.kernel[1] = 2;
+  oblong.stride[1] = 2;
+  oblong.padding[0] = 2;
+  oblong.dilation[1] = 3;
+  add(oblong, true);
+  // Enough pixels for more than one chunk, and for packing before the pass.
+  const int64_t pixels = FR_PACK_IN_PASS / (48 * sizeof(Acc<T>)) + 1;
+  add(shape(2, 3, pixels / 6 + 1, 16, 32, 1));
+  add(shape(1, 2, pixels / 2 + 1, 16, 32, 3, 1, 1));
+  return all;
+}
+
+template <class T>
+struct Problem {
+  ConvShape s;
+  int64_t group_in, group_out;
+  Array<T> x, weight, residual;
+  Array<Acc<T>> scale, shift;
+  int64_t weight_stride[4];
+  Act act;
+
+  Problem(const ConvShape& shape, int weight_layout, bool epilogue)
+      : s(shape),
+        group_in(s.in_channels / s.groups),
+        group_out(s.out_channels / s.groups),
+        x(s.batch * s.height * s.width * s.in_channels),
+        weight(s.out_channels * group_in * s.kernel[0] * s.kernel[1]),
+        residual(s.batch * s.out_height * s.out_width * s.out_channels, epilogue),
+        scale(s.out_channels, epilogue),
+        shift(s.out_channels, epilogue),
+        act(epilogue ? Act::relu : Act::none) {
+    x.fill();
+    weight.fill();
+    residual.fill();
+    scale.fill();
+    shift.fill();
+    // Which of [out, in, height, width] is innermost, and so on outwards.
+    const int orders[3][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}, {0, 1, 2, 3}};
+    const int64_t sizes[4] = {s.out_channels, group_in, s.kernel[0], s.kernel[1]};
+    int64_t stride = 1;
+    for (int d : orders[weight_layout]) {
+      weight_stride[d] = stride;
+      stride *= sizes[d];
+    }
+  }
+
+  fused_resnet::ConvBnActArgs args(const Array<Acc<T>>* packed, Array<T>& out) const {
+    fused_resnet::ConvBnActArgs a{};
+    a.dtype = Type<T>::dtype;
+    a.act = act;
+    a.shape = s;
+    a.x = x.data();
+    a.weight = packed ? nullptr : weight.data();
+    for (int d = 0; d < 4; ++d) a.weight_stride[d] = weight_stride[d];
+    a.packed = packed ? packed->data() : nullptr;
+    a.scale = scale.data();
+    a.shift = shift.data();
+    a.residual = residual.data();
+    a.out = out.data();
+    return a;
+  }
+
+  void check(const Array<T>& out, const std::string& what) const {
+    int64_t at = 0;
+    for (int64_t n = 0; n < s.batch; ++n)
+      for (int64_t oh = 0; oh < s.out_height; ++oh)
+        for (int64_t ow = 0; ow < s.out_width; ++ow)
+          for (int64_t k = 0; k < s.out_channels; ++k, ++at) check_one(out, what, at, n, oh, ow, k);
+  }
+
+  void check_one(const Array<T>& out, const std::string& what, int64_t at, int64_t n, int64_t oh,
+                 int64_t ow, int64_t k) const {
+    double sum = 0, magnitude = 0;
+    for (int64_t kh = 0; kh < s.kernel[0]; ++kh)
+      for (int64_t kw = 0; kw < s.kernel[1]; ++kw) {
+        const int64_t h = oh * s.stride[0] - s.padding[0] + kh * s.dilation[0];
+        const int64_t w = ow * s.stride[1] - s.padding[1] + kw * s.dilation[1];
+        if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
+        for (int64_t c = 0; c < group_in; ++c) {
+          const int64_t in = k / group_out * group_in + c;
+          const double product = x.at(((n * s.height + h) * s.width + w) * s.in_channels + in) *
+                                 weight.at(k * weight_stride[0] + c * weight_stride[1] +
+                                           kh * weight_stride[2] + kw * weight_stride[3]);
+          sum += product;
+          magnitude += std::fabs(product);
+        }
+      }
+    const double a = scale.at(k, 1), b = shift.at(k, 0), r = residual.at(at, 0);
+    const double exact = activate(sum * a + b + r, act);
+    magnitude = magnitude * std::fabs(a) + std::fabs(b) + std::fabs(r);
+    expect_near<T>(out.at(at), exact, magnitude, s.kernel[0] * s.kernel[1] * group_in + 4, what);
+  }
+};
+
+template <class T>
+void check_case(const Case& c) {
+  const int64_t packed_size = kernels::conv_packed_size(Type<T>::dtype, c.shape);
+  for (int layout = 0; layout < (c.thorough ? 3 : 1); ++layout)
+    for (bool epilogue : {true, false}) {
+      if (!epilogue && !c.thorough) continue;
+      const Problem<T> problem(c.shape, layout, epilogue);
+      const std::string what = "conv_bn_act " + std::to_string(c.shape.in_channels) + "->" +
+                               std::to_string(c.shape.out_channels) + " k" +
+                               std::to_string(c.shape.kernel[0]) + " dtype " +
+                               std::to_string(static_cast<int>(Type<T>::dtype));
+      Array<Acc<T>> packed(packed_size);
+      fused_resnet::ConvPackArgs pack{
+          Type<T>::dtype, c.shape, problem.weight.data(), {}, packed.data()};
+      for (int d = 0; d < 4; ++d) pack.weight_stride[d] = problem.weight_stride[d];
+      expect(kernels::conv_pack(pack, pool(3)) == Status::ok, what);
+      Array<T> first(problem.residual.size());
+      for (int threads : {3, 1})
+        for (const Array<Acc<T>>* weights : {static_cast<Array<Acc<T>>*>(nullptr), &packed}) {
+          Array<T> out(first.size());
+          expect(kernels::conv_bn_act(problem.args(weights, out), pool(threads)) == Status::ok,
+                 what);
+          if (threads == 3 && !weights) {
+            problem.check(out, what);
+            memcpy(first.data(), out.data(), out.size() * sizeof(T));
+          }
+          expect(out.same(first), what + ": bits differ with threads or packing");
+        }
+    }
+}
+
+template <class T>
+void check_type() {
+  for (const Case& c : cases<T>()) check_case<T>(c);
+}
+
+}  // namespace
+
+void check_conv_bn_act() {
+  check_type<float>();
+  check_type<double>();
+  check_type<bf16>();
+  check_type<f16>();
+}

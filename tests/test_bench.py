@@ -1,0 +1,229 @@
+"""The benchmark runner: every case runs, and the core it shares with the demo is honest."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+
+from bench import __main__ as bench
+from bench import report
+from bench.cases import cases, layers
+from fused_resnet import checkpoints, measure
+from fused_resnet.measure import EAGER, OURS, PEER, Error, Pace, Runner, Spread, Variant
+
+ROOT = Path(__file__).resolve().parent.parent
+ONCE = Pace(seconds=0, least_rounds=2, most_rounds=2, sample_seconds=0)
+
+
+def run(*args, timeout=300):
+    command = [sys.executable, "-m", "bench", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    options = ("--threads", 1, "--output", folder / "r.json", "--chart", folder / "r.png")
+    done = run("--smoke", *options)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    return folder, done.stdout
+
+
+def test_smoke(smoke):
+    folder, text = smoke
+    content = json.loads((folder / "r.json").read_text())
+    assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
+    rows = content["results"]
+    assert {row["what"] for row in rows} == {
+        "resnet18", "conv_bn_act", "bn_act", "bn_act_maxpool", "eltwise_act"
+    }  # fmt: skip
+    assert {row["dtype"] for row in rows} == {"fp32", "bf16"}
+    for row in rows:
+        if row["kind"] != PEER:
+            assert row["within"]
+            assert row["seconds"]["median"] > 0
+            assert row["speedup"]["median"] > 0
+        if row["what"] == "resnet18":
+            assert row["variant"] in text
+            assert row["to_peer"] or row["why_not"]
+    env = content["environment"]
+    for name in ("commit", "processor", "threads", "isa", "load", "date", "build"):
+        assert name in env
+    assert env["threads"] == 1
+
+
+def test_markdown(smoke, capsys):
+    folder, _ = smoke
+    assert bench.main(["--table", str(folder / "r.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| resnet18, images/s | b2, fp32 | b2, bf16 |"
+    frozen = next(line for line in lines if line.startswith("| frozen |"))
+    row = next(
+        row
+        for row in json.loads((folder / "r.json").read_text())["results"]
+        if row["variant"] == "frozen" and row["dtype"] == "fp32"
+    )
+    assert f"| **{2 / row['seconds']['median']:.1f} ({row['speedup']['median']:.2f}x)" in frozen
+    assert any(line.startswith("| conv_bn_act, batch 2, bf16 |") for line in lines)
+
+
+def test_every_network_and_layer_has_a_case(capsys):
+    assert bench.main(["--list", "--batch", "16"]) == 0
+    names = capsys.readouterr().out.split()
+    assert len(names) == len(set(names))
+    for model, dtype in itertools.product(checkpoints.MODELS, ("fp32", "bf16")):
+        assert f"{model}/b16/{dtype}" in names
+    assert "conv_bn_act/3x224x224-7x7s2-64-relu/b16/fp32" in names
+    assert "conv_bn_act/512x7x7-1x1-2048-add-relu/b16/bf16" in names
+    assert len(layers("resnet50", 224)) == 24
+
+
+def test_flops_and_bytes_of_a_layer():
+    name = "conv_bn_act/256x56x56-1x1s2-512/b1/fp32"
+    work = next(c for c in cases([1], ["fp32"], 224) if c.name == name).make()
+    assert work.flops == 2 * 512 * 28 * 28 * 256
+    # A 1x1 convolution with stride 2 reads a quarter of its input.
+    assert work.bytes == 4 * (256 * 28 * 28 + 512 * 256 + 512 * 28 * 28)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--select", "resnet51/*"], 1, "--list"),
+        (["--dtype", "int7"], 2, "fp32"),
+        (["--batch", "0"], 2, "positive number"),
+        (["--table", "nowhere.json"], 1, "nowhere.json: cannot be read"),
+    ],
+)
+def test_wrong_usage(args, code, words, capsys):
+    try:
+        got = bench.main(args)
+    except SystemExit as stop:
+        got = stop.code
+    assert got == code
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2, "command": "bench"}'])
+def test_results_that_are_none(tmp_path, capsys, text):
+    (tmp_path / "x.json").write_text(text)
+    assert bench.main(["--table", str(tmp_path / "x.json")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# The core.
+
+
+def test_the_rule_is_the_one_of_the_tests():
+    for name in ("MAX_FACTOR", "MAX_FLOOR", "MEAN_FACTOR", "MEAN_FLOOR"):
+        assert getattr(measure, name) == getattr(tolerances, name)
+
+
+def test_within():
+    eager = Error(1e-4, 1e-3)
+    assert measure.within(Error(1.5e-4, 2e-3), eager)
+    assert not measure.within(Error(1.6e-4, 2e-3), eager)
+    assert not measure.within(Error(1.5e-4, 2.1e-3), eager)
+    assert not measure.within(Error(math.nan, 0), eager)
+    assert not measure.within(Error(0, math.nan), eager)
+
+
+def test_error_of():
+    truth = torch.tensor([4.0, -8.0], dtype=torch.float64)
+    assert measure.error_of(torch.tensor([4.0, -7.0]), truth) == (1 / 16, 1 / 8)
+    assert measure.error_of(torch.zeros(2), torch.zeros(2).double()) == (0, 0)
+    assert math.isnan(measure.error_of(torch.tensor([4.0, math.nan]), truth).max)
+
+
+def test_spread():
+    assert Spread.of([3.0]) == (3, 3, 3, 3, 3)
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == (3, 2, 4, 1, 5)
+
+
+def variant(name, kind, output=1.0, calls=None):
+    def run(x):
+        if calls is not None:
+            calls.append(name)
+        return x * output
+
+    return Variant(name, kind, lambda: Runner(run))
+
+
+def test_what_is_wrong_is_not_timed():
+    x, truth = torch.ones(1, 2), torch.ones(1, 2).double()
+    several = [
+        variant("eager", EAGER),
+        variant("right", OURS),
+        variant("wrong", OURS, 1.1),
+        variant("nan", OURS, math.nan),
+        variant("inexact", PEER, 1.1),
+    ]
+    results = {r.variant: r for r in measure.measure(several, [x], truth, ONCE)}
+    assert [name for name, r in results.items() if r.within] == ["eager", "right"]
+    assert [name for name, r in results.items() if r.samples] == ["eager", "right", "inexact"]
+    assert "outside the rule" in results["wrong"].why_not
+    text = json.dumps([r.as_dict() for r in results.values()], allow_nan=False)
+    assert json.loads(text)[3]["error"] == {"mean": None, "max": None}
+    assert "not finite" in report_text([r.as_dict() for r in results.values()])
+
+
+def report_text(rows):
+    from rich.console import Console
+
+    known = {"case": "x/b1", "what": "x", "images": 1, "flops": 1, "bytes": None}
+    console = Console(width=150)
+    with console.capture() as capture:
+        console.print(report.terminal([{**known, **row} for row in rows]))
+    return capture.get()
+
+
+def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven():
+    def broken():
+        raise RuntimeError("no such thing\nand more")
+
+    x, truth = torch.ones(1, 2), torch.ones(1, 2).double()
+    eager = variant("eager", EAGER)
+    results = measure.measure([eager, Variant("peer", PEER, broken)], [x], truth, ONCE)
+    assert results[1].why_not == "no such thing"
+    assert results[1].as_dict()["seconds"] is None
+    with pytest.raises(RuntimeError, match="no such thing"):
+        measure.measure([eager, Variant("ours", OURS, broken)], [x], truth, ONCE)
+
+
+def test_a_reference_must_be_finite():
+    with pytest.raises(ValueError, match="not finite"):
+        measure.measure([variant("eager", EAGER)], [], torch.tensor([math.inf]), ONCE)
+
+
+def test_variants_take_turns():
+    calls = []
+    named = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    pace = Pace(seconds=0, least_rounds=3, most_rounds=9, sample_seconds=0)
+    samples = measure.interleave(named, pace)
+    assert {name: len(taken) for name, taken in samples.items()} == {"a": 3, "b": 3, "c": 3}
+    assert "".join(calls[-9:]) == "abcbcacab"
+
+
+def test_ratios_are_taken_round_by_round():
+    """A machine that halves its speed for everyone changes no ratio."""
+    slow, fast, peer = (measure.Result(kind, kind) for kind in (EAGER, OURS, PEER))
+    slow.samples, fast.samples, peer.samples = [2.0, 4.0, 2.0], [1.0, 2.0, 1.0], [4.0, 8.0, 4.0]
+    measure._compare([slow, fast, peer])
+    assert fast.speedup == (2, 2, 2, 2, 2)
+    assert fast.to_peer == (4, 4, 4, 4, 4)
+    assert slow.speedup == (1, 1, 1, 1, 1)
+
+
+def test_json_is_whole_or_as_before(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    measure.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        measure.write_json(path, {"a": math.nan})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]

@@ -1,0 +1,97 @@
+"""The layout the code promises: kernels know no framework, and an op has one name in every column."""
+
+import ast
+import importlib.util
+import re
+
+import pytest
+import torch
+from cases import ENGINES, ROOT
+
+from fused_resnet import engines, functional, native, reference
+
+SCHEMA = (ROOT / "csrc" / "torch" / "schema.cpp").read_text()
+KERNELS = ROOT / "csrc" / "kernels"
+#: Every op there is; the in-place form and the packing of weights belong to another op.
+DECLARED = re.findall(r'^    "(\w+)\(', SCHEMA, re.MULTILINE)
+AUXILIARY = {"bn_act_": "bn_act", "conv_pack": "conv_bn_act"}
+OPS = [op for op in DECLARED if op not in AUXILIARY]
+
+
+def rules():
+    spec = importlib.util.spec_from_file_location("rules", ROOT / ".ci" / "rules.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def signature(function):
+    return [
+        name
+        for name in function.__code__.co_varnames[: function.__code__.co_argcount]
+        if name != "packed"
+    ]
+
+
+def test_schema_is_read_as_it_is_registered():
+    for namespace in native.NAMESPACES:
+        registered = dir(getattr(torch.ops, namespace))
+        for op in DECLARED:
+            assert hasattr(getattr(torch.ops, namespace), op), (namespace, op, registered)
+    assert set(AUXILIARY) < set(DECLARED)
+    assert set(AUXILIARY.values()) <= set(OPS)
+
+
+def test_ops_are_those_that_engines_choose_for():
+    assert sorted(OPS) == sorted(engines.OPS)
+    assert {op for ops in ENGINES.values() for op in ops} == set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_stands_in_every_column(op):
+    defined = "\n".join(path.read_text() for path in (KERNELS / "cpu").glob("*.cpp"))
+    assert re.search(rf"^Status {op}\(", defined, re.MULTILINE), "no CPU kernel"
+    assert callable(getattr(reference, op)), "no specification"
+    assert op in functional.__all__, "not in functional"
+    assert (ROOT / "tests" / f"test_{op}.py").is_file(), "no tests"
+    schema = getattr(torch.ops.fused_resnet, op).default._schema
+    names = [argument.name for argument in schema.arguments if argument.name != "packed"]
+    assert signature(getattr(reference, op)) == names
+    assert set(signature(getattr(functional, op))) == set(names)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "bn_scale_shift"])
+def test_cpu_kernel_is_in_the_file_of_its_name(op):
+    assert (KERNELS / "cpu" / f"{op}.cpp").is_file()
+
+
+def test_cuda_and_triton_kernels_are_named_after_ops():
+    for path in [*(KERNELS / "cuda").glob("*.cu"), *(ROOT / "triton_kernels").glob("[a-z]*.py")]:
+        assert path.stem in OPS, path
+
+
+def test_kernels_include_no_framework():
+    for path in KERNELS.rglob("*.*"):
+        included = re.findall(r"^\s*#\s*include\s*[<\"]([^>\"]+)", path.read_text(), re.MULTILINE)
+        foreign = [name for name in included if re.match(r"(torch|ATen|c10|pybind11|Python)\b", name)]
+        assert not foreign, (path, foreign)
+
+
+def test_the_rule_about_framework_headers_can_fail():
+    found = list(rules().breaches("csrc/kernels/cpu/x.cpp", "#include <ATen/ATen.h>\n"))
+    assert [line for line, _ in found] == [1]
+
+
+def test_files_keep_to_their_length():
+    limit = rules().MAX_LINES
+    assert list(rules().breaches("csrc/x.cpp", "\n" * (limit + 1)))
+    for folder in ("csrc", "fused_resnet", "triton_kernels", "tests", "bench"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
+                assert len(path.read_text().splitlines()) <= limit, path
+
+
+def test_package_raises_rather_than_asserts():
+    for path in (ROOT / "fused_resnet").glob("*.py"):
+        asserts = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+        assert not asserts, path
