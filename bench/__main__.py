@@ -1,0 +1,193 @@
+"""python -m bench: time cases x variants, correctness first, and write it all down."""
+
+import argparse
+import fnmatch
+import json
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from bench import report
+from bench.cases import DTYPES, Case, cases
+from fused_resnet import chart, facts
+from fused_resnet.command import CommandError, positive, require
+from fused_resnet.measure import EAGER, OURS, Pace, Result, measure, write_json
+
+RESULTS = Path(__file__).parent / "results"
+EVERY_OP = ("conv_bn_act/*", "bn_act/*", "bn_act_maxpool/*", "eltwise_act/*")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Times every selected case in all its variants, in turn, after checking that "
+        "they are right. Exit status 1: something failed, be it an error of ours outside the rule.",
+    )
+    add = result.add_argument
+    add("--select", nargs="+", metavar="PATTERN",
+        help="cases by name, * for anything (default: resnet50/*; the names: --list)")  # fmt: skip
+    add("--variants", nargs="+", default=["*"], metavar="PATTERN",
+        help="variants by name, beside eager")  # fmt: skip
+    add("--batch", type=positive, nargs="+", default=[1, 16], metavar="N", help="default: 1 16")
+    add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: fp32 bf16")
+    add("--size", type=positive, default=224, metavar="PIXELS", help="of the images (default: 224)")
+    add("--seconds", type=float, metavar="S",
+        help="time a network about S seconds (default: 30), an op a tenth of it")  # fmt: skip
+    add("--threads", type=positive, metavar="N", help="default: the number of physical cores")
+    add("--output", type=Path, metavar="FILE",
+        help="for the JSON (default: bench/results/TIME.json; with --smoke, none)")  # fmt: skip
+    add("--chart", type=Path, metavar="FILE", help="also draw the networks' results, as a PNG")
+    add("--smoke", action="store_true",
+        help="resnet18 and every op on tiny images, one round: does it all run?")  # fmt: skip
+    add("--list", action="store_true", help="print the names of all cases, or of those selected")
+    add("--table", type=Path, metavar="FILE",
+        help="measure nothing: print the results in FILE as Markdown, for the README")  # fmt: skip
+    return result
+
+
+def commit() -> str | None:
+    """The commit that is measured, + if the tree has changes on top of it; None outside git."""
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(RESULTS.parent), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short", "HEAD")
+    return f"{head}+" if head and git("status", "--porcelain") else head
+
+
+def selected(args: argparse.Namespace) -> list[Case]:
+    """The cases asked for."""
+    patterns = args.select or (["resnet18/*", *EVERY_OP] if args.smoke else ["resnet50/*"])
+    everything = list(cases(args.batch, args.dtype, args.size))
+    found = [c for c in everything if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
+    if not found:
+        raise CommandError(f"--select {' '.join(patterns)}: there is no such case; --list has all")
+    return found
+
+
+def run_case(case: Case, pace: Pace, patterns: list[str], tick) -> list[dict]:
+    """One case's results, as they go into JSON."""
+    torch._dynamo.reset()  # each network is its own program
+    tick("making inputs and the float64 reference", 0.0)
+    work = case.make()
+    chosen = [
+        v
+        for v in work.variants
+        if v.kind == EAGER or any(fnmatch.fnmatch(v.name, p) for p in patterns)
+    ]
+    results: list[Result] = measure(chosen, work.inputs, work.truth, pace, tick)
+    known = {"case": case.name, "what": case.what, "batch": case.batch}
+    known |= {"dtype": case.dtype, "images": case.batch, "flops": work.flops, "bytes": work.bytes}
+    return [{**known, **result.as_dict()} for result in results]
+
+
+def run(args: argparse.Namespace) -> int:
+    require("bench", "rich", *(["matplotlib"] if args.chart else []))
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    if args.smoke:
+        args.batch, args.size = [2], 32
+    seconds = 30.0 if args.seconds is None else args.seconds
+    paces = {"network": Pace(seconds, most_rounds=100), "op": Pace(seconds / 10, most_rounds=100)}
+    if args.smoke:
+        paces = dict.fromkeys(paces, Pace(0.0, 1, 1, 0.0))
+    torch.set_num_threads(args.threads or facts.physical_cores())
+    chosen = selected(args)
+    output = args.output
+    if output is None and not args.smoke:
+        output = RESULTS / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
+    environment = {**facts.environment(), "commit": commit()}
+    content = {"schema": 1, "command": "bench", "environment": environment, "results": []}
+
+    shown: list[dict] = []
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    columns = (TextColumn("{task.description:<64}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("", total=len(chosen))
+        for i, case in enumerate(chosen):
+
+            def tick(what: str, part: float, i: int = i, case: Case = case) -> None:
+                bar.update(task, completed=i + part, description=f"{case.name}: {what}")
+
+            rows = run_case(case, paces["op" if case.shape else "network"], args.variants, tick)
+            content["results"] += rows
+            shown += rows
+            if i + 1 == len(chosen) or not case.shape or chosen[i + 1].what != case.what:
+                bar.console.print(report.terminal(shown))
+                shown = []
+            if output is not None:  # after every case: an interrupted run keeps what it has
+                write_json(output, content)
+        bar.update(task, completed=len(chosen), description="done")
+    if output is not None:
+        console.print(f"results  {output}", highlight=False)
+    if args.chart is not None:
+        draw(content, args.chart)
+        console.print(f"chart    {args.chart}", highlight=False)
+    failed = [r for r in content["results"] if r["kind"] == OURS and not r["within"]]
+    for r in failed:
+        console.print(f"[bold red]FAILED[/] {r['case']}: {r['variant']}: {r['why_not']}")
+    return 1 if failed else 0
+
+
+def draw(content: dict, path: Path) -> None:
+    """Chart the results of networks."""
+    rows = [row for row in content["results"] if report.is_network(row)]
+    if not rows:
+        raise CommandError("--chart draws networks, and none is in the results")
+    env = content["environment"]
+    machine = f"{env['processor']}, {env['threads']} threads, torch {env['versions']['torch']}"
+    chart.throughput("Inference", machine, rows, path)
+
+
+def read(path: Path) -> dict:
+    """Results from a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CommandError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(content, dict) or (content.get("schema"), content.get("command")) != (
+        1,
+        "bench",
+    ):
+        raise CommandError(f"{path}: does not hold results of this benchmark")
+    return content
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        if args.table is not None:
+            content = read(args.table)
+            print(report.markdown(content), end="")
+            if args.chart is not None:
+                require("bench", "matplotlib")
+                draw(content, args.chart)
+            return 0
+        if args.list:
+            args.select = args.select or ["*"]
+            print("\n".join(case.name for case in selected(args)))
+            return 0
+        return run(args)
+    except CommandError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Results as text: a table in the terminal, Markdown for the README."""
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def is_network(row: Row) -> bool:
+    return row["bytes"] is None
+
+
+def rate(row: Row) -> str:
+    """Images a second of a network; of an op GB/s and, where it computes much, GFLOP/s."""
+    median = row["seconds"]["median"]
+    if is_network(row):
+        return f"{row['images'] / median:.1f} img/s"
+    rate = f"{1e-9 * row['bytes'] / median:.1f} GB/s"
+    if row["flops"] > 10 * row["bytes"]:
+        rate = f"{1e-9 * row['flops'] / median:.0f} GFLOP/s, {rate}"
+    return rate
+
+
+def ratio(value: Row | None) -> str:
+    return f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})" if value else ""
+
+
+def terminal(rows: list[Row]):
+    """A rich table, with a section for each case."""
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    table.add_column("case")
+    table.add_column("variant", no_wrap=True)
+    columns = ("time, ms", "rate", "vs eager", "vs best peer", "prepare", "mean error", "max error")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=name != "time, ms")
+    for case, several in groupby(rows, lambda row: row["case"]):
+        for i, row in enumerate(several):
+            style = None if row["within"] or row["error"] is None else "red"
+            name = f"[bold]{row['variant']}[/]" if row["kind"] == "ours" else row["variant"]
+            table.add_row("" if i else case, name, *_figures(row), style=style)
+        table.add_section()
+    return table
+
+
+def _figures(row: Row) -> list[str]:
+    time = str(row["why_not"])
+    if row["seconds"]:
+        median, low, high = (1e3 * row["seconds"][x] for x in ("median", "low", "high"))
+        time = f"{median:.3g} ({low:.3g}-{high:.3g})"
+    judged = [f"{row['prepare_seconds']:.1f} s"] if row["prepare_seconds"] is not None else [""]
+    judged += [_error(row["error"][x]) if row["error"] else "" for x in ("mean", "max")]
+    speed = rate(row) if row["seconds"] else ""
+    return [time, speed, ratio(row["speedup"]), ratio(row["to_peer"]), *judged]
+
+
+def _error(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}"
+
+
+def markdown(content: Row) -> str:
+    """Tables of all results, and what they were measured on."""
+    tables: dict[str, list[Row]] = {}
+    for row in content["results"]:
+        title = f"{row['what']}, batch {row['batch']}, {row['dtype']}"
+        tables.setdefault(row["what"] if is_network(row) else title, []).append(row)
+    parts = [
+        (_network_table if is_network(rows[0]) else _op_table)(title, rows)
+        for title, rows in tables.items()
+    ]
+    env = content["environment"]
+    versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
+    parts.append(
+        f"{env['processor']} ({env['isa']}), {env['threads']} threads; {versions}; commit "
+        f"{env['commit'] or 'unknown'}, {env['date'][:10]}. Medians of interleaved rounds; in "
+        "parentheses how many times as fast as the faster eager; for networks also the mean error "
+        "against float64, relative to the largest output."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(corner: str, columns: list[str], lines: Iterable[tuple[str, list[str]]]) -> str:
+    head = f"| {corner} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}"
+    return "\n".join([head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines)])
+
+
+def _cells(rows: list[Row], row_key: str, column_key: str) -> tuple[list[str], list[str], Row]:
+    names = list(dict.fromkeys(row[row_key] for row in rows))
+    columns = list(dict.fromkeys(row[column_key] for row in rows))
+    return names, columns, {(row[row_key], row[column_key]): row for row in rows}
+
+
+def _network_table(name: str, rows: list[Row]) -> str:
+    variants, cases, found = _cells(rows, "variant", "case")
+
+    def cell(variant: str, case: str) -> str:
+        row = found.get((variant, case))
+        if row is None or not row["seconds"]:
+            return "-"
+        text = f"{row['images'] / row['seconds']['median']:.1f} ({row['speedup']['median']:.2f}x)"
+        text += f" {_error(row['error']['mean'])}"
+        return f"**{text}**" if row["kind"] == "ours" else text
+
+    titles = [", ".join(c.split("/")[1:]) for c in cases]
+    lines = [(v, [cell(v, c) for c in cases]) for v in variants]
+    return _table(f"{name}, images/s", titles, lines)
+
+
+def _op_table(name: str, rows: list[Row]) -> str:
+    cases, variants, found = _cells(rows, "case", "variant")
+
+    def cell(case: str, variant: str) -> str:
+        row = found.get((case, variant))
+        return f"{rate(row)} ({row['speedup']['median']:.2f}x)" if row and row["seconds"] else "-"
+
+    lines = [(c.split("/")[1], [cell(c, v) for v in variants]) for c in cases]
+    return _table(name, variants, lines)

@@ -1,0 +1,275 @@
+"""How implementations are compared: correctness first, then time, every one of them in turn.
+
+The core of ``fused-resnet demo`` and of ``python -m bench``.
+"""
+
+import dataclasses
+import functools
+import gc
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: What is compared may have this many times eager torch's error at the same dtype, plus a floor.
+MAX_FACTOR, MAX_FLOOR = 2.0, 1e-5
+MEAN_FACTOR, MEAN_FLOOR = 1.5, 1e-6
+
+EAGER, PEER, OURS = "eager", "peer", "ours"
+
+
+class Error(NamedTuple):
+    """The error of an output against float64, relative to the largest value there."""
+
+    mean: float
+    max: float
+
+
+def error_of(output: Tensor, truth: Tensor) -> Error:
+    """The mean and the maximum of ``|output - truth| / max|truth|``."""
+    error = (output.double() - truth).abs() / (float(truth.abs().max()) or 1.0)
+    return Error(float(error.mean()), float(error.max()))
+
+
+def within(error: Error, eager: Error) -> bool:
+    """Whether an error is acceptable beside eager torch's; NaN is not."""
+    return (
+        error.mean <= MEAN_FACTOR * eager.mean + MEAN_FLOOR
+        and error.max <= MAX_FACTOR * eager.max + MAX_FLOOR
+    )
+
+
+class Spread(NamedTuple):
+    """The median of some samples, the quartiles around it, and the ends."""
+
+    median: float
+    low: float
+    high: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Spread":
+        several = samples if len(samples) > 1 else [*samples] * 2
+        low, median, high = statistics.quantiles(several, n=4, method="inclusive")
+        return cls(median, low, high, min(samples), max(samples))
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+class Runner(NamedTuple):
+    """Something that runs: only ``run`` is timed."""
+
+    run: Callable[[Any], Any]
+    feed: Callable[[Any], Any] = _identity  #: turns an input into what ``run`` takes
+    read: Callable[[Any], Tensor] = _identity  #: turns what ``run`` returns into a tensor
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the implementations compared.
+
+    Attributes:
+        kind: ``EAGER``, what the others are compared with; ``PEER``, which may fail and is then
+            named; ``OURS``, which is not timed unless it is correct.
+        prepare: makes the runner; compilation belongs in here, its time is reported.
+    """
+
+    name: str
+    kind: str
+    prepare: Callable[[], Runner]
+
+
+@dataclass
+class Result:
+    """What came of one variant."""
+
+    variant: str
+    kind: str
+    prepare_seconds: float | None = None
+    error: Error | None = None
+    within: bool = False
+    samples: list[float] = field(default_factory=list)  #: seconds a call, one sample a round
+    speedup: Spread | None = None  #: over the faster eager, round by round
+    to_peer: Spread | None = None  #: over the fastest peer, round by round
+    why_not: str | None = None  #: why there is no time
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> Spread | None:
+        return Spread.of(self.samples) if self.samples else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: named fields, and None for what is not finite."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        facts = values.pop("facts")
+        samples = values.pop("samples")
+        return _plain({**values, **facts, "seconds": self.seconds, "samples": samples})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to measure: rounds until ``seconds`` are over, within limits."""
+
+    seconds: float = 20.0
+    least_rounds: int = 5
+    most_rounds: int = 50
+    sample_seconds: float = 0.1  #: shorter calls are repeated until a sample lasts this long
+
+
+def measure(
+    variants: Iterable[Variant],
+    inputs: Sequence[Any],
+    truth: Tensor,
+    pace: Pace,
+    tick: Callable[[str, float], None] = lambda what, part: None,
+    inspect: Callable[[Tensor], dict[str, Any]] = lambda output: {},
+) -> list[Result]:
+    """Compare variants of one computation.
+
+    Args:
+        variants: at least one of them eager; the first eager one sets the error allowed.
+        inputs: what is run to judge correctness; the first is what is timed.
+        truth: the outputs for all ``inputs``, concatenated, in float64.
+        pace: how long to measure.
+        tick: called with what happens now and how much of the whole is done, from 0 to 1.
+        inspect: makes further facts of a variant's outputs.
+
+    Returns:
+        A result for each variant, in their order.
+    """
+    if not torch.isfinite(truth).all():
+        raise ValueError("the float64 reference is not finite")
+    variants = list(variants)
+    results: dict[str, Result] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    with torch.no_grad():
+        for i, v in enumerate(variants):
+            tick(f"preparing {v.name}", 0.5 * i / len(variants))
+            results[v.name] = result = Result(v.name, v.kind)
+            try:
+                runner, output = _prepare(v, inputs, result)
+            except Exception as error:
+                if v.kind != PEER:
+                    raise
+                result.why_not = (str(error) or type(error).__name__).splitlines()[0][:200]
+                continue
+            result.error = error_of(output, truth)
+            result.facts = inspect(output)
+            fed = runner.feed(inputs[0])
+            calls[v.name] = functools.partial(runner.run, fed)
+        _judge(results, calls)
+        samples = interleave(calls, pace, lambda what, part: tick(what, 0.5 + 0.5 * part))
+    for name, taken in samples.items():
+        results[name].samples = taken
+    _compare(list(results.values()))
+    gc.collect()
+    return list(results.values())
+
+
+def _prepare(v: Variant, inputs: Sequence[Any], result: Result) -> tuple[Runner, Tensor]:
+    start = time.perf_counter()
+    runner = v.prepare()
+    first = runner.read(runner.run(runner.feed(inputs[0])))
+    result.prepare_seconds = time.perf_counter() - start
+    rest = [runner.read(runner.run(runner.feed(x))) for x in inputs[1:]]
+    return runner, torch.cat([first, *rest])
+
+
+def _judge(results: dict[str, Result], calls: dict[str, Callable[[], Any]]) -> None:
+    """Apply the rule; what is ours and outside it is not timed."""
+    eager = next(r.error for r in results.values() if r.kind == EAGER and r.error is not None)
+    for result in results.values():
+        if result.error is None:
+            continue
+        result.within = result.kind == EAGER or within(result.error, eager)
+        if result.kind == OURS and not result.within:
+            result.why_not = "its error is outside the rule"
+            del calls[result.variant]
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]],
+    pace: Pace,
+    tick: Callable[[str, float], None] = lambda what, part: None,
+) -> dict[str, list[float]]:
+    """Time calls in turn, round after round, so that a slow moment of the machine meets them all.
+
+    Returns:
+        Per name, the seconds a call took in each round.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        once = _seconds(call, 1)
+        repeats[name] = max(1, math.ceil(pace.sample_seconds / max(once, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    start = time.perf_counter()
+    for done in range(pace.most_rounds):
+        elapsed = time.perf_counter() - start
+        if done >= pace.least_rounds and elapsed >= pace.seconds:
+            break
+        least = elapsed / max(done, 1) * pace.least_rounds
+        by_time = elapsed / max(pace.seconds, least, 1e-9)
+        tick("measuring", min(max(by_time, done / pace.most_rounds), 1.0))
+        turn = done % len(names)
+        for name in names[turn:] + names[:turn]:
+            time.sleep(0.005)  # the thread pool of whoever ran last goes to sleep
+            if repeats[name] > 1:
+                calls[name]()  # brings its weights back to the caches
+            samples[name].append(_seconds(calls[name], repeats[name]))
+    tick("measured", 1.0)
+    return samples
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _compare(results: list[Result]) -> None:
+    """Ratios are taken within each round, then summed up: what slows a round slows both sides."""
+    for kind in (EAGER, PEER):
+        timed = [r for r in results if r.kind == kind and r.samples]
+        if not timed:
+            continue
+        best = min(timed, key=lambda r: statistics.median(r.samples))
+        for r in results:
+            if r.samples:
+                ratio = Spread.of([b / s for b, s in zip(best.samples, r.samples, strict=True)])
+                if kind == EAGER:
+                    r.speedup = ratio
+                else:
+                    r.to_peer = ratio
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` so that ``path`` is never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    scratch.replace(path)

@@ -1,0 +1,89 @@
+"""The ways to run a network that everyone has with torch, and ours."""
+
+import copy
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from .convert import fuse
+from .freeze import freeze
+from .measure import EAGER, OURS, PEER, Runner, Variant
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+
+def _runner(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> Runner:
+    def feed(x: Tensor) -> Tensor:
+        return x.to(dtype).contiguous(memory_format=layout)
+
+    return Runner(model, feed)
+
+
+def _converted(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
+    return copy.deepcopy(model).to(dtype).to(memory_format=layout)
+
+
+def eager(model: nn.Module, dtype: torch.dtype, layout: str) -> Variant:
+    """The network as torchvision runs it, in the layout "NCHW" or "NHWC"."""
+    order = LAYOUTS[layout]
+
+    def prepare() -> Runner:
+        converted = _converted(model, dtype, order)
+        return _runner(converted, dtype, order)
+
+    return Variant(f"eager {layout}", EAGER, prepare)
+
+
+def compiled(model: nn.Module, dtype: torch.dtype) -> Variant:
+    """torch.compile with inductor's freezing, its best for inference on a CPU."""
+
+    def prepare() -> Runner:
+        # Inductor looks for a CUDA toolkit and logs that it has found no GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        torch._dynamo.reset()
+        program = torch.compile(copy.deepcopy(model).to(dtype), fullgraph=True, dynamic=False)
+        started = False
+
+        def run(x: Tensor) -> Tensor:
+            nonlocal started
+            if started:
+                return program(x)
+            started = True
+            with torch._inductor.config.patch(freezing=True):
+                return program(x)
+
+        # Faster than contiguous input, or than weights in channels_last too: inductor packs those.
+        return Runner(run, _runner(model, dtype, torch.channels_last).feed)
+
+    return Variant("torch.compile", PEER, prepare)
+
+
+def fused(model: nn.Module, dtype: torch.dtype) -> Variant:
+    """``fuse``: the same parameters, in channels_last."""
+
+    def prepare() -> Runner:
+        converted = _converted(model, dtype, torch.channels_last)
+        return _runner(fuse(converted), dtype, torch.channels_last)
+
+    return Variant("fused", OURS, prepare)
+
+
+def frozen(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
+    """``freeze``, tuned on ``example``."""
+
+    def prepare() -> Runner:
+        return _runner(freeze(model, example=example, dtype=dtype), dtype, torch.channels_last)
+
+    return Variant("frozen", OURS, prepare)
+
+
+def standard(model: nn.Module, dtype: torch.dtype, example: Tensor) -> list[Variant]:
+    """All of the above."""
+    return [
+        eager(model, dtype, "NCHW"),
+        eager(model, dtype, "NHWC"),
+        compiled(model, dtype),
+        fused(model, dtype),
+        frozen(model, dtype, example),
+    ]
