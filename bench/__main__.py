@@ -106,12 +106,13 @@ def run(args: argparse.Namespace) -> int:
     if output is None and not args.smoke:
         output = RESULTS / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
     environment = {**facts.environment(), "commit": commit()}
-    content = {"schema": 1, "command": "bench", "environment": environment, "results": []}
+    content = {"schema": 1, "command": "bench", "environment": environment, "size": args.size}
+    content["results"] = []
 
     shown: list[dict] = []
     console = Console()
     if not console.is_terminal:
-        console = Console(width=150)
+        console = Console(width=140)
     columns = (TextColumn("{task.description:<64}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=len(chosen))

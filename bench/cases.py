@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import peers
 from fused_resnet import checkpoints, engines, functional, fuse, reference, variants
 from fused_resnet.blocks import Fused
-from fused_resnet.measure import EAGER, OURS, Runner, Variant
+from fused_resnet.measure import EAGER, OURS, PEER, Runner, Variant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYERS_OF = "resnet50"
@@ -92,6 +92,7 @@ def _network_work(name: str, batch: int, dtype: torch.dtype, size: int) -> Work:
         peers.onnx_runtime(model, dtype, inputs[0], threads),
         peers.openvino(model, dtype, inputs[0], threads),
     ]
+    several.sort(key=lambda v: (EAGER, PEER, OURS).index(v.kind))
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         checkpoints.build(name)(torch.empty(batch, 3, size, size))
     return Work(several, inputs, _truth(name, size, count), counter.get_total_flops(), None)

@@ -1,5 +1,6 @@
 """Results as text: a table in the terminal, Markdown for the README."""
 
+import math
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
@@ -27,33 +28,42 @@ def ratio(value: Row | None) -> str:
 
 
 def terminal(rows: list[Row]):
-    """A rich table, with a section for each case."""
+    """A rich table, with a section for each case; columns nobody has a figure for are left out."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(header_style="bold")
-    table.add_column("case")
-    table.add_column("variant", no_wrap=True)
-    columns = ("time, ms", "rate", "vs eager", "vs best peer", "prepare", "mean error", "max error")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=name != "time, ms")
-    for case, several in groupby(rows, lambda row: row["case"]):
-        for i, row in enumerate(several):
+    figures = [_figures(row) for row in rows]
+    titles = [title for title in figures[0] if any(cells[title] for cells in figures)]
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for title in titles:
+        table.add_column(title, justify="right")
+    for case, several in groupby(zip(rows, figures, strict=True), lambda pair: pair[0]["case"]):
+        table.add_row(f"[bold]{case}[/]")
+        for row, cells in several:
             style = None if row["within"] or row["error"] is None else "red"
             name = f"[bold]{row['variant']}[/]" if row["kind"] == "ours" else row["variant"]
-            table.add_row("" if i else case, name, *_figures(row), style=style)
+            table.add_row(f"  {name}", *(cells[title] for title in titles), style=style)
         table.add_section()
     return table
 
 
-def _figures(row: Row) -> list[str]:
+def _figures(row: Row) -> dict[str, str]:
     time = str(row["why_not"])
     if row["seconds"]:
         median, low, high = (1e3 * row["seconds"][x] for x in ("median", "low", "high"))
-        time = f"{median:.3g} ({low:.3g}-{high:.3g})"
-    judged = [f"{row['prepare_seconds']:.1f} s"] if row["prepare_seconds"] is not None else [""]
-    judged += [_error(row["error"][x]) if row["error"] else "" for x in ("mean", "max")]
-    speed = rate(row) if row["seconds"] else ""
-    return [time, speed, ratio(row["speedup"]), ratio(row["to_peer"]), *judged]
+        digits = max(0, 2 - math.floor(math.log10(median)))  # three of them count
+        time = f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    prepared = row["prepare_seconds"]
+    return {
+        "time, ms": time,
+        "rate": rate(row) if row["seconds"] else "",
+        "vs eager": ratio(row["speedup"]),
+        "vs best peer": ratio(row["to_peer"]),
+        "prepare": "" if prepared is None or not is_network(row) else f"{prepared:.1f} s",
+        "mean error": _error(row["error"]["mean"]) if row["error"] else "",
+        "max error": _error(row["error"]["max"]) if row["error"] else "",
+    }
 
 
 def _error(value: float | None) -> str:
@@ -72,11 +82,12 @@ def markdown(content: Row) -> str:
     ]
     env = content["environment"]
     versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
+    size = f"{content['size']}x{content['size']}"
     parts.append(
         f"{env['processor']} ({env['isa']}), {env['threads']} threads; {versions}; commit "
-        f"{env['commit'] or 'unknown'}, {env['date'][:10]}. Medians of interleaved rounds; in "
-        "parentheses how many times as fast as the faster eager; for networks also the mean error "
-        "against float64, relative to the largest output."
+        f"{env['commit'] or 'unknown'}, {env['date'][:10]}. Images of {size}. Medians of "
+        "interleaved rounds; in parentheses how many times as fast as the faster eager; for "
+        "networks also the mean error against float64, relative to the largest output."
     )
     return "\n\n".join(parts) + "\n"
 

@@ -53,11 +53,20 @@ def pair_obstacle(conv: Any, bn: Any) -> str | None:
     weight, mean = conv.weight, bn.running_mean
     if type(weight) is not nn.Parameter and hasattr(weight, "placements"):
         return "parameters are sharded"
-    if mean is None:
+    if mean is None or bn.running_var is None:
         return "bn: it keeps no running statistics"
     if mean.shape[0] != conv.out_channels:
         return "bn: it has another number of channels than conv"
     return None
+
+
+def norm_takes(bn: Any, dtype: torch.dtype) -> bool:
+    """Whether torch takes activations of ``dtype`` with this BatchNorm; half ones also with fp32."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    kinds = {
+        t.dtype for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias) if t is not None
+    }
+    return kinds == {dtype} or (half and kinds == {torch.float32})
 
 
 def _dtype_obstacle(conv: Any, bn: Any, x: Tensor) -> str | None:
@@ -67,12 +76,21 @@ def _dtype_obstacle(conv: Any, bn: Any, x: Tensor) -> str | None:
         dtype = torch.get_autocast_dtype(x.device.type)
     elif weight.dtype != dtype:
         return "input and weight differ in dtype"
-    half = dtype in (torch.float16, torch.bfloat16)
-    for t in (mean, bn.running_var, bn.weight, bn.bias):
-        if t is not None and t.dtype != dtype and not (half and t.dtype == torch.float32):
-            return "bn and activations differ in dtype"
+    if not norm_takes(bn, dtype):
+        return "bn and activations differ in dtype"
     if weight.device != x.device or mean.device != x.device:
         return "tensors are on different devices"
+    return None
+
+
+def recording() -> str | None:
+    """What is watching operations that ours could not be seen by, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is recording"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a functorch transform is active"
     return None
 
 
@@ -92,11 +110,10 @@ def obstacle(
     """
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.dtype.is_floating_point:
         return "input is not a 4-D floating point tensor"
-    if not torch.compiler.is_compiling():
-        if torch.jit.is_tracing():
-            return "torch.jit.trace is recording"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a functorch transform is active"
+    if x.is_meta:
+        return "input is on the meta device"
+    if (reason := recording()) is not None:
+        return reason
     if nn_module._has_any_global_hook():
         return "global module hooks are set"
     for m, kind in skipped:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engines
+from . import checks, engines
 
 __all__ = [
     "add_act",
@@ -68,7 +68,10 @@ def _run(op: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
     )
     engine = engines.choose(op, x.device.type, x.dtype, wished, layout)
     implementation = engines.implementation(op, engine)
-    if engine != "native" or torch.compiler.is_compiling():
+    if engine != "native" or any(t is not None and t.device != x.device for t in tensors):
+        checks.arguments(op, *args)
+        return implementation(*args)
+    if torch.compiler.is_compiling():
         return implementation(*args)
     # No gradient is needed: the dispatch key that would ask again, in Python, is skipped.
     with torch._C._AutoDispatchBelowAutograd():
@@ -199,6 +202,7 @@ def bn_act(
     check_act(name, act)
     _check_image(name, x)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        checks.residual(name, residual, x, x.shape)
         return add_act(bn_act(x, scale, shift), residual, act)
     return _run(name, (x, scale, shift, residual), x, scale, shift, residual, act)
 
@@ -238,6 +242,12 @@ def bn_act_maxpool(
     pads, gaps = _pair(name, "padding", padding, 0), _pair(name, "dilation", dilation, 1)
     if any(2 * p > k for p, k in zip(pads, kernel, strict=True)):
         raise RuntimeError(f"{name}: padding must be at most half of kernel_size, got {padding!r}")
+    if any(
+        g * (k - 1) >= n + 2 * p for g, k, n, p in zip(gaps, kernel, x.shape[2:], pads, strict=True)
+    ):
+        raise RuntimeError(
+            f"{name}: kernel_size {kernel_size!r} is larger than the padded input {tuple(x.shape)}"
+        )
     args = (x, scale, shift, kernel, steps, pads, gaps, ceil_mode, act)
     return _run(name, (x, scale, shift), *args)
 
@@ -298,7 +308,9 @@ def conv_bn_act(
             f"{name}: expected 3D (unbatched) or 4D (batched) input and 4D weight, got "
             f"{x.dim()}D and {weight.dim()}D"
         )
-    if torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point:
+    if not weight.size(0) or not weight.size(1):
+        raise RuntimeError(f"{name}: weight must have channels, got shape {tuple(weight.shape)}")
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     steps, pads = _pair(name, "stride", stride, 1), _pair(name, "padding", padding, 0)
@@ -306,6 +318,8 @@ def conv_bn_act(
     if residual is not None:
         shape = _conv_shape(x, weight, steps, pads, gaps)
         if residual.dtype != x.dtype or residual.shape != shape:
+            if min(shape) > 0:
+                checks.residual(name, residual, x, shape)
             y = conv_bn_act(
                 x, weight, scale, shift, None, steps, pads, gaps, groups, "none", packed
             )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .conditions import obstacle
+from .conditions import norm_takes, obstacle, recording
 
 
 def scale_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def convolve(
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """Whether a BatchNorm's next forward takes its statistics from the batch."""
-    return bn.training or bn.running_mean is None
+    return bn.training or bn.running_mean is None or bn.running_var is None
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -81,7 +81,15 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         tensors = (input, self.weight, self.bias, residual)
         # torch decides what eps may be, and reports it.
-        if uses_batch_statistics(self) or self.eps <= 0 or functional.needs_grad(tensors):
+        if (
+            uses_batch_statistics(self)
+            or self.eps <= 0
+            or not norm_takes(self, input.dtype)
+            or self.running_var.shape != input.shape[1:2]  # type: ignore[union-attr]
+            or self.running_mean.shape != input.shape[1:2]  # type: ignore[union-attr]
+            or recording() is not None
+            or functional.needs_grad(tensors)
+        ):
             y = super().forward(input)
             y = y if residual is None else y + residual
             return F.relu(y) if self.act == "relu" else y

@@ -1,4 +1,4 @@
-"""What the op tests are made of: backends, layouts, shapes cut from the kernels' own tile sizes, and
+"""What the op tests are made of: backends, layouts, shapes from the kernels' own tile sizes, and
 ``verify``, which holds one op on one backend against eager torch and float64.
 
 An op's eager twin is the chain of torch calls it replaces; run on float64 it is the truth, so that
@@ -236,8 +236,8 @@ def verify(
 ) -> None:
     """Hold ``ours`` on ``backend`` against ``eager``.
 
-    Values by the rule of tolerances.py; output strides equal to eager's; inputs as they were; the same
-    bits from a second run and, of our own kernels, with one thread.
+    Values by the rule of tolerances.py; output strides equal to eager's; inputs as they were; the
+    same bits from a second run and, of our own kernels, with one thread.
 
     Args:
         ours, eager: take what ``inputs`` returns as keyword arguments.

@@ -1,8 +1,8 @@
 """Options, markers and what holds around every test.
 
-A skip is never silent: ``--require`` names what must be there, and a test skipped for want of it fails.
-What a run leaves out on purpose (``slow`` tests without ``--full``, ``gpu`` tests without a GPU) is
-deselected instead, and the header says so.
+A skip is never silent: ``--require`` names what must be there, and a test skipped for want of it
+fails. What a run leaves out on purpose (``slow`` tests without ``--full``, ``gpu`` tests without a
+GPU) is deselected instead, and the header says so.
 """
 
 import os
@@ -28,8 +28,8 @@ def pytest_addoption(parser):
         "--require",
         default="",
         metavar="LIST",
-        help="comma-separated capabilities (gpu, g++, nvcc, triton, ...): a test whose reason to be "
-        "skipped names one of them fails; all: every skip is a failure",
+        help="comma-separated capabilities (gpu, g++, nvcc, triton, ...): a test whose reason to "
+        "be skipped names one of them fails; all: every skip is a failure",
     )
 
 
@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(config, items):
 def forbidden(config, reason: str) -> str | None:
     """Why a skip for ``reason`` is a failure in this run, or None."""
     for name in required(config):
-        if name == "all" or re.search(rf"(?<!\w){re.escape(name)}(?!\w)", reason):
+        if name == "all" or re.search(rf"(?<![\w+]){re.escape(name)}(?![\w+])", reason):
             return f"skipped, but --require={config.getoption('--require')}: {reason}"
     return None
 

@@ -1,4 +1,4 @@
-"""The convolutions under test, at the edges of the CPU kernel's tiles and of what a convolution can be."""
+"""The convolutions under test, at the edges of the CPU kernel's tiles and of what one can be."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +122,7 @@ def pointwise(pixels: int, channels: Pair) -> Conv:
 
 
 def _side(nbytes: int, channels: Pair, batch: int) -> int:
-    """Smallest square image for which ``batch`` of them, in and out, exceed ``nbytes`` in float32."""
+    """Smallest square image of which ``batch``, in and out, exceed ``nbytes`` in float32."""
     side = 1
     while batch * side * side * sum(channels) * 4 <= nbytes:
         side += 1
@@ -142,7 +142,7 @@ TILES = [
     *(Conv(1, (depth, 9), (3, 3)) for depth in around(8, 16)),
     *(pointwise(7, (depth, 9)) for depth in around(TILE["kSumSteps"][0])),
     *(Conv(1, (TILE["kSumSteps"][0] // 9 + d, 9), (4, 3)) for d in (0, 1)),
-    # More than one chunk of pixels; more weights than pixels; as much input as is packed in passing.
+    # More than one chunk of pixels; more weights than pixels; nearly as much.
     Conv(2, _WIDE, (_CHUNKED, _CHUNKED), kernel=(1, 1), padding=(0, 0)),
     Conv(2, _WIDE, (_CHUNKED, _CHUNKED), stride=(2, 2)),
     Conv(1, (160, 170), (5, 4)),

@@ -1,5 +1,5 @@
-"""Bad input to ops: torch's exception type, a message that names op, argument, expected and got, and
-nothing changed."""
+"""Bad input to ops: torch's exception type, a message that names op, argument, expected and got,
+and nothing changed."""
 
 import re
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from fused_resnet import functional, use_engine
 
-X = torch.randn(2, 4, 6, 5)
+X = torch.linspace(-2, 3, 240).view(2, 4, 6, 5)
 ONES = torch.ones(4)
 GOOD: dict[str, dict[str, Any]] = {
     "conv_bn_act": {
         "x": X,
-        "weight": torch.randn(6, 4, 3, 3),
+        "weight": torch.linspace(-1, 1, 216).view(6, 4, 3, 3),
         "scale": torch.ones(6),
         "shift": torch.zeros(6),
         "residual": torch.randn(2, 6, 4, 3),
@@ -82,8 +82,9 @@ BAD = [
     bad_conv(RuntimeError, "dilation.*at least 1.*got 0", dilation=0),
     bad_conv(RuntimeError, "padding.*two integers.*got", padding=(1, 1, 1)),
     bad_conv(RuntimeError, "(?i)kernel.*larger than|kernel size can't be greater", x=X[:, :, :2]),
-    bad_conv(RuntimeError, r"residual.*\(2, 6, 4, 3\).*\(2, 5, 4, 3\)", residual=torch.ones(2, 5, 4, 3)),
-    bad_conv(RuntimeError, "(residual|inputs).*device", residual=torch.ones(2, 6, 4, 3, device="meta")),
+    bad_conv(RuntimeError, r"residual.*\(2, 6, 4, 3\).*\(2, 5, 4, 3\)",
+             residual=torch.ones(2, 5, 4, 3)),
+    bad_conv(RuntimeError, "residual.*device", residual=torch.ones(2, 6, 4, 3, device="meta")),
     Bad(CONV, {"weight": WEIGHT.to("meta")}, RuntimeError, "weight.*device"),
     Bad(CONV, {"scale": torch.ones(5)}, RuntimeError, r"scale.*\[6\].*got \[5\]"),
     Bad(CONV, {"shift": torch.ones(6, 1)}, RuntimeError, r"shift.*\[6\].*got \[6, 1\]"),
@@ -124,8 +125,8 @@ BAD = [
     Bad(SCALE, {"bias": ONES.to("meta")}, RuntimeError, "bias.*device",
         lambda: torch_bn(X, ONES, ONES, ONES, ONES.to("meta"))),
     Bad(SCALE, {"running_mean": ONES.int()}, NotImplementedError, "floating point.*int32"),
-    Bad(ELTWISE, {"inputs": [X, X[:, :3]]}, RuntimeError, r"broadcast.*\(2, 4, 6, 5\), \(2, 3, 6, 5\)",
-        lambda: X + X[:, :3]),
+    Bad(ELTWISE, {"inputs": [X, X[:, :3]]}, RuntimeError,
+        r"inputs.*\(2, 4, 6, 5\), \(2, 3, 6, 5\)", lambda: X + X[:, :3]),
     Bad(ELTWISE, {"inputs": [X, X.to("meta")]}, RuntimeError, "input.*device",
         lambda: X + X.to("meta")),
     Bad(ELTWISE, {"inputs": []}, ValueError, "at least one tensor, got none"),
@@ -155,12 +156,19 @@ def test_good_arguments_are_good(op):
     getattr(functional, op)(**GOOD[op])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("bad", "engine"),
+    [
+        pytest.param(bad, engine, id=f"{name(bad)}-{engine}")
+        for bad in BAD
+        for engine, ops in ENGINES.items()
+        if bad.op in ops
+    ],
+)
 @pytest.mark.parametrize(
     "layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"]
 )
-@pytest.mark.parametrize("bad", BAD, ids=name)
-def test_functional(bad, layout, engine):
+def test_functional(layout, bad, engine):
     given = of_tensors(lambda t: layout(t) if t.dim() == 4 else t, {**GOOD[bad.op], **bad.given})
     before = copied(given)
     with use_engine(engine), pytest.raises(bad.error) as raised:
@@ -232,7 +240,7 @@ RAW_BAD = [
 ]
 
 
-@pytest.mark.parametrize(("op", "index", "instead", "words"), RAW_BAD, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("op", "index", "instead", "words"), RAW_BAD, ids=range(len(RAW_BAD)))
 def test_raw(op, index, instead, words):
     given = copied(list(RAW_GOOD[op]))
     given[index] = instead

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from models import basic, bottleneck, double, images, runs_fused, small
+from models import LAYOUTS, basic, bottleneck, double, images, runs_fused, small
 from tolerances import judge
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
@@ -158,6 +158,36 @@ def test_follows_its_tensors(change):
         after = model(x.to(next(model.parameters()).dtype))
     assert (after - before).abs().max() > 0
     check_follows(model)
+
+
+@pytest.mark.parametrize("weights", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "x",
+    [
+        inputs(),
+        inputs().contiguous(memory_format=torch.channels_last),
+        inputs(size=18)[..., ::2, :9],
+        inputs()[:, :, :1, :1],
+        inputs(batch=1),
+        inputs().transpose(2, 3),
+        inputs(batch=1).expand(2, -1, -1, -1),
+    ],
+    ids=["contiguous", "channels_last", "strided", "1x1", "one", "transposed", "expanded"],
+)
+@pytest.mark.parametrize("build", [basic, bottleneck])
+def test_layouts(build, x, weights):
+    """Strides that mean something come out as torch's; what goes in is left as it is."""
+    model = fused_resnet.fuse(build()).to(memory_format=weights)
+    kept = x.clone()
+    with torch.no_grad():
+        assert runs_fused(model, x)
+        ours, theirs = model(x), eager(model, x)
+    for layout in LAYOUTS:
+        assert ours.is_contiguous(memory_format=layout) == theirs.is_contiguous(
+            memory_format=layout
+        )
+    judge([ours], [theirs], [double(model, x)])
+    assert torch.equal(x, kept)
 
 
 def test_channels_last_weights():

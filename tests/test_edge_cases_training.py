@@ -1,7 +1,8 @@
-"""What torch does at the edges of training. Modules run unfused there, and gradients go through torch:
-state and results must be torch's. The numbers are the lines of the list of edge cases."""
+"""What torch does at the edges of training. Modules run unfused there, and gradients go through
+torch: state and results must be torch's. The numbers are the lines of the list of edge cases."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_gradients_are_torchs(unit):
         twin = copy.deepcopy(m)
         x, y = image().requires_grad_(), None
         results = []
-        for f in (m, lambda x: UNITS[unit].plain(twin, x)):
+        for f in (m, functools.partial(UNITS[unit].plain, twin)):
             x.grad = None
             y = f(x)
             y.square().sum().backward()
@@ -223,7 +224,7 @@ def test_an_engine_asked_for_by_name_does_not_pretend_to_have_a_backward(engine)
     x = image().requires_grad_()
     ones, zeros = torch.ones(CHANNELS), torch.zeros(CHANNELS)
     with fused_resnet.use_engine(engine):
-        with pytest.raises(fused_resnet.engines.EngineError, match="bn_act.*no backward"):
+        with pytest.raises(fused_resnet.engines.EngineError, match=r"bn_act.*no backward"):
             functional.bn_act(x, ones, zeros)
         assert functional.bn_act(x.detach(), ones, zeros).shape == x.shape
         with torch.no_grad():

@@ -265,7 +265,7 @@ def test_line_25_checkpoint_without_num_batches_tracked(unit):
     assert_identical(fresh(x), m(x))
     for key in set(state) - set(plain):
         del state[key]
-    with pytest.raises(RuntimeError, match="Missing key.*num_batches_tracked"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*num_batches_tracked"):
         UNITS[unit].build().load_state_dict(state)
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from cases import DTYPES, ENGINES, ROOT, isas
 
-import fused_resnet
 from fused_resnet import _C, engines, functional, native, use_engine
 from fused_resnet.engines import EngineError, choose
 
@@ -76,13 +75,13 @@ def test_native_cuda_says_why_not():
 
 @pytest.mark.parametrize("name", ["Native", "cudnn", "", None])
 def test_unknown_name(name):
-    with pytest.raises(ValueError, match=f"engine must be one of auto, .*, got {name!r}"):
+    with pytest.raises(ValueError, match=rf"engine must be one of auto, .*, got {name!r}"):
         use_engine(name).__enter__()
 
 
 def test_triton_says_why_not():
     assert engines.unavailable("triton")
-    with pytest.raises(EngineError, match="engine 'triton' is not available: \\w+"):
+    with pytest.raises(EngineError, match=r"engine 'triton' is not available: \w+"):
         use_engine("triton").__enter__()
     assert engines.wish() == "auto"
 

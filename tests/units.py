@@ -1,4 +1,4 @@
-"""Modules beside what torch makes of the same module: for tests of behaviour rather than of values."""
+"""Modules beside what torch makes of the same module: for tests of behaviour, not of values."""
 
 import copy
 from collections.abc import Callable
@@ -88,7 +88,7 @@ def alike(
     engine: str = "auto",
     train: bool = False,
 ) -> Any:
-    """Hold a module against torch on ``x``: the same result or type of error, and the same state after.
+    """Hold a module against torch on ``x``: the same result or type of error, and the same state.
 
     Returns:
         The module's output, or the exception.
@@ -102,7 +102,10 @@ def alike(
     theirs = outcome(lambda: plain(twin, x))
     assert isinstance(ours, type(theirs)), (ours, theirs)
     if isinstance(ours, Tensor):
-        assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
+        assert ours.dtype == theirs.dtype
+        # The stride of a dimension of one says nothing of the layout; torch's BatchNorm changes it.
+        longer = [d for d in range(theirs.dim()) if theirs.size(d) > 1]
+        assert [ours.stride(d) for d in longer] == [theirs.stride(d) for d in longer]
         if train:  # it runs unfused
             assert_identical(ours, theirs)
         else:

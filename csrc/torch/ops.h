@@ -287,7 +287,10 @@ Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift
   // The kernel works in channels_last; a contiguous caller gets its layout back at the end.
   x = in_format(x, true);
   residual = in_format(residual, true);
-  Tensor out = new_output(x, out_sizes, true);
+  // One pixel, one channel or nothing lies in memory alike in both formats: only its strides
+  // differ.
+  const bool alike = s.batch == 0 || s.out_height * s.out_width <= 1 || s.out_channels == 1;
+  Tensor out = new_output(x, out_sizes, channels_last || !alike);
   args.x = x.const_data_ptr();
   args.weight = packed ? nullptr : weight.const_data_ptr();
   for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
@@ -297,7 +300,7 @@ Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift
   args.residual = pointer(residual);
   args.out = out.mutable_data_ptr();
   check_status(kOp, Device(out).launch(args));
-  return channels_last ? out : in_format(out, false);
+  return channels_last || alike ? out : in_format(out, false);
 }
 
 }  // namespace fused_resnet::glue
