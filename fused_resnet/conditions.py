@@ -61,7 +61,7 @@ def pair_obstacle(conv: Any, bn: Any) -> str | None:
 
 
 def norm_takes(bn: Any, dtype: torch.dtype) -> bool:
-    """Whether torch takes activations of ``dtype`` with this BatchNorm; half ones also with fp32."""
+    """Whether torch takes activations of ``dtype`` with this BatchNorm; half also with fp32."""
     half = dtype in (torch.float16, torch.bfloat16)
     kinds = {
         t.dtype for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias) if t is not None
