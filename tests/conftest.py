@@ -7,6 +7,7 @@ GPU) is deselected instead, and the header says so.
 
 import os
 import re
+from pathlib import Path
 
 # Threads that wait must not spin: with a worker of pytest-xdist per core they would take the cores
 # from those they wait for. Read when torch is first imported.
@@ -64,7 +65,17 @@ def pytest_report_header(config):
     ]
 
 
+def known_failures() -> set[str]:
+    """Tests listed as failing in known_failures.txt."""
+    lines = (Path(__file__).parent / "known_failures.txt").read_text().splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
 def pytest_collection_modifyitems(config, items):
+    known = known_failures()
+    for item in items:
+        if item.nodeid in known:
+            item.add_marker(pytest.mark.xfail(reason="known_failures.txt", strict=False))
     markers = left_out(config)
     out = [item for item in items if any(item.get_closest_marker(name) for name in markers)]
     if out:
@@ -103,6 +114,8 @@ def pytest_make_collect_report(collector):
 
 
 def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.stats.get("xfailed", []):
+        terminalreporter.write_line(f"KNOWN FAILURE {report.nodeid}")
     for report in terminalreporter.stats.get("skipped", []):
         terminalreporter.write_line(f"SKIPPED {report.nodeid}: {report.longrepr[2]}")
 

@@ -96,6 +96,25 @@ def test_epilogues(present, act, dtype, backend):
     verify(backend, chosen, composite, inputs)
 
 
+@over_backends("conv_bn_act")
+@over_some
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, case, backend):
+    """The convolution in the lower type, whatever the engine, as torch has it."""
+
+    def under_autocast(f):
+        def call(**given):
+            with torch.autocast(backend.device, dtype):
+                return f(**given)
+
+        return call
+
+    def inputs(seed):
+        return case.inputs(seed, torch.float32, residual=False)
+
+    verify(backend, under_autocast(ours), under_autocast(eager), inputs)
+
+
 @over_dtypes
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_packed_weight_gives_the_same_bits(case, dtype):
@@ -103,7 +122,8 @@ def test_packed_weight_gives_the_same_bits(case, dtype):
         args = raw_arguments(**of_tensors(channels_last, case.inputs(0, dtype)))
         weight = args[1].contiguous(memory_format=layout)
         packed = PACK(weight, case.groups)
-        assert_identical(OP(*args, packed), OP(args[0], weight, *args[2:]))
+        plain = (args[0], weight, *args[2:])
+        assert_identical(OP(*plain, packed), OP(*plain))
 
 
 @over_layouts
