@@ -47,7 +47,8 @@ cuda_why_not = _load_cuda()
 
 
 def _like(x: Tensor, shape: tuple[int, ...], *layout_of: Tensor) -> Tensor:
-    return x.new_empty(shape).contiguous(memory_format=reference.memory_format(*layout_of))
+    layout = reference.memory_format(*layout_of)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _fake_eltwise_act(inputs: list[Tensor], op: str, coeff: list[float] | None, act: str) -> Tensor:
@@ -132,6 +133,7 @@ _libraries = [torch.library.Library(namespace, "FRAGMENT") for namespace in NAME
 
 def _refuse_autograd(library: torch.library.Library, namespace: str, name: str) -> None:
     op = getattr(getattr(torch.ops, namespace), name).default
+    written = [i for i, a in enumerate(op._schema.arguments) if a.is_write]
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(
@@ -141,6 +143,9 @@ def _refuse_autograd(library: torch.library.Library, namespace: str, name: str) 
                 f"{namespace}::{name}: an input requires grad and a raw op has no backward; call "
                 "it through fused_resnet.functional, or under torch.no_grad()"
             )
+        for i in written:
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)

@@ -4,6 +4,7 @@ Half types are computed in float32 and rounded once at the end, as every engine 
 tensors these functions are the ground truth of the tests.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,21 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
     if any(suggests_channels_last(t) for t in tensors):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def _in_format_of(y: Tensor, *tensors: Tensor) -> Tensor:
+    """``y`` in the :func:`memory_format` of ``tensors``, strides of lengths of one included."""
+    layout = memory_format(*tensors)
+    if y.stride() == torch.empty(y.shape, device="meta", memory_format=layout).stride():
+        return y
+    return y.clone(memory_format=layout)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would round a convolution's output before scale and shift."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _act(x: Tensor, act: str) -> Tensor:
@@ -77,7 +93,7 @@ def bn_act(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act
     y = y * _per_channel(scale, y) + _per_channel(shift, y)
     if residual is not None:
         y = y + residual.to(y.dtype)
-    return _act(y, act).to(x.dtype).contiguous(memory_format=memory_format(x))
+    return _in_format_of(_act(y, act).to(x.dtype), x)
 
 
 def bn_act_maxpool(
@@ -97,7 +113,7 @@ def bn_act_maxpool(
     y = F.max_pool2d(
         y, list(kernel_size), list(stride), list(padding), list(dilation), ceil_mode=ceil_mode
     )
-    return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+    return _in_format_of(y.to(x.dtype), x)
 
 
 def conv_bn_act(
@@ -115,13 +131,13 @@ def conv_bn_act(
 ) -> Tensor:
     """``act(conv2d(x, weight) * scale[c] + shift[c] + residual)``; ``packed`` is not read."""
     dtype = accumulation_dtype(x.dtype)
-    y = F.conv2d(
-        x.to(dtype), weight.to(dtype), None, list(stride), list(padding), list(dilation), groups
-    )
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    with _without_autocast(x):
+        y = F.conv2d(x.to(dtype), weight.to(dtype), None, *geometry)
     if scale is not None:
         y = y * _per_channel(scale, y)
     if shift is not None:
         y = y + _per_channel(shift, y)
     if residual is not None:
         y = y + residual.to(dtype)
-    return _act(y, act).to(x.dtype).contiguous(memory_format=memory_format(x, weight))
+    return _in_format_of(_act(y, act).to(x.dtype), x, weight)

@@ -7,6 +7,7 @@ statistics as training leaves them, and scales and shifts away from one and zero
 import copy
 import functools
 import hashlib
+import inspect
 import os
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def truth(
     folder: Path, name: str, seed: int, x: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """:func:`double` of a network rounded to ``dtype``, kept in ``folder``."""
-    facts = (Path(__file__).read_bytes(), torch.__version__, torchvision.__version__)
+    makers = (images, settle, _network, double)
+    facts = (*map(inspect.getsource, makers), torch.__version__, torchvision.__version__)
     key = hashlib.sha256(repr((*facts, name, seed, tuple(x.shape), str(dtype))).encode())
     key.update(x.numpy().tobytes())
     path = folder / f"{key.hexdigest()[:24]}.pt"
