@@ -20,10 +20,14 @@ from typing import Any
 
 import torch
 
-from . import native, reference, vendor
+from . import native, reference, reference_training, vendor
 
 ENGINES = ("auto", "reference", "native", "triton", "vendor")
-OPS = ("eltwise_act", "bn_scale_shift", "bn_act", "bn_act_maxpool", "conv_bn_act")
+#: Those of inference, each a function of :mod:`fused_resnet.functional`.
+INFERENCE_OPS = ("eltwise_act", "bn_scale_shift", "bn_act", "bn_act_maxpool", "conv_bn_act")
+#: Those that training is made of; :mod:`fused_resnet.autograd` calls them.
+TRAINING_OPS = ("bn_stats", "bn_finalize", "bn_act_backward_reduce", "bn_act_backward")
+OPS = INFERENCE_OPS + TRAINING_OPS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Ops with a C++ kernel, per device.
@@ -123,7 +127,7 @@ def choose(
 def implementation(op: str, engine: str) -> Callable[..., Any]:
     """The callable that runs ``op`` on ``engine``; all take the arguments of the op's schema."""
     if engine == "reference":
-        return getattr(reference, op)
+        return getattr(reference_training if op in TRAINING_OPS else reference, op)
     if engine == "vendor" and op == "conv_bn_act":
         return vendor.conv_bn_act
     namespace = "fused_resnet_triton" if engine == "triton" else "fused_resnet"

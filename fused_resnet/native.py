@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from . import reference
+from . import native_training, reference
 
 NAMESPACES = ("fused_resnet", "fused_resnet_triton")
 
@@ -126,6 +126,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bn_act_maxpool": _fake_bn_act_maxpool,
     "conv_pack": _fake_conv_pack,
     "conv_bn_act": _fake_conv_bn_act,
+    **native_training.FAKES,
 }
 
 _libraries = [torch.library.Library(namespace, "FRAGMENT") for namespace in NAMESPACES]
@@ -144,7 +145,7 @@ def _refuse_autograd(library: torch.library.Library, namespace: str, name: str) 
                 "it through fused_resnet.functional, or under torch.no_grad()"
             )
         for i in written:
-            if not args[i].is_inference():
+            if args[i] is not None and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 

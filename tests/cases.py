@@ -241,8 +241,8 @@ def at_threads(count: int, f: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 def verify(
     backend: Backend,
-    ours: Callable[..., Tensor],
-    eager: Callable[..., Tensor],
+    ours: Callable[..., Any],
+    eager: Callable[..., Any],
     inputs: Callable[[int], dict[str, Any]],
 ) -> None:
     """Hold ``ours`` on ``backend`` against ``eager``.
@@ -251,10 +251,11 @@ def verify(
     same bits from a second run and, of our own kernels, with one thread.
 
     Args:
-        ours, eager: take what ``inputs`` returns as keyword arguments.
+        ours, eager: take what ``inputs`` returns as keyword arguments, and return a tensor or
+            several.
         inputs: of a seed.
     """
-    results: list[Sequence[Tensor]] = []
+    results: list[list[Sequence[Tensor]]] = []
     for seed in SEEDS:
         given = of_tensors(lambda t: t.to(backend.device), inputs(seed))
         before = of_tensors(lambda t: (t.clone(), t.stride()), given)
@@ -265,9 +266,13 @@ def verify(
                 assert_identical(at_threads(1, ours, **given), result, "one thread and two")
         expected = eager(**given)
         assert_identical(of_tensors(lambda t: (t.clone(), t.stride()), given), before, "inputs")
-        assert placed(result) == placed(expected)
-        results.append((result, expected, eager(**of_tensors(Tensor.double, given))))
-    judge(*zip(*results, strict=True))
+        truth = eager(**of_tensors(Tensor.double, given))
+        outputs = list(zip(*map(tree_leaves, (result, expected, truth)), strict=True))
+        for output, theirs, _ in outputs:
+            assert placed(output) == placed(theirs)
+        results.append(outputs)
+    for samples in zip(*results, strict=True):
+        judge(*zip(*samples, strict=True))
 
 
 @functools.cache

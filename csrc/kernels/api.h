@@ -71,6 +71,68 @@ struct BnScaleShiftArgs {
   double eps;
 };
 
+// mean[c] and m2[c], the sum of squared deviations from it, over all pixels; mean is NaN without
+// any.
+struct BnStatsArgs {
+  DType dtype;
+  const void* x;
+  void* mean;
+  void* m2;
+  int64_t outer, channels, inner;
+};
+
+// var = m2 / count, invstd = 1 / sqrt(var + eps), scale = weight * invstd,
+// shift = bias - mean * scale. Where they are given (both or neither), running_mean becomes
+// (1 - momentum) * running_mean + momentum * mean, and running_var likewise with
+// m2 / (count - 1); without any pixel they stay as they are. weight and bias may be null (1 and 0).
+struct BnFinalizeArgs {
+  DType dtype;  // f32 or f64, of everything but the running statistics
+  DType running_dtype;
+  const void* mean;
+  const void* m2;
+  const void* weight;
+  const void* bias;
+  void* running_mean;
+  void* running_var;
+  void* scale;
+  void* shift;
+  void* invstd;
+  int64_t channels;
+  double count, momentum, eps;
+};
+
+// What the relu of a forward pass let through: g = y <= 0 ? 0 : grad, where y is `out`, else
+// x * scale[c] + shift[c] rounded to dtype; g = grad without relu. scale and shift may be null
+// where they are not needed.
+struct MaskedGrad {
+  DType dtype;
+  Act act;
+  const void* grad;
+  const void* x;
+  const void* out;
+  const void* scale;
+  const void* shift;
+  int64_t outer, channels, inner;
+};
+
+// sum_g[c] = sum of g, sum_gx[c] = invstd[c] * sum of g * (x - mean[c]).
+struct BnActBackwardReduceArgs {
+  MaskedGrad in;
+  const void* mean;
+  const void* invstd;
+  void* sum_g;
+  void* sum_gx;
+};
+
+// dx = a[c] * g + b[c] * x + c[c], without the second term where x is null; dx may be grad.
+struct BnActBackwardArgs {
+  MaskedGrad in;
+  const void* a;
+  const void* b;
+  const void* c;
+  void* dx;
+};
+
 // The shape of a convolution. Activations are channels_last: x [batch, height, width, in_channels],
 // out [batch, out_height, out_width, out_channels].
 struct ConvShape {
@@ -108,12 +170,16 @@ struct ConvPackArgs {
 };
 
 // Every op's launcher, declared once per place it can run in.
-#define FUSED_RESNET_LAUNCHERS(Stream)                    \
-  Status eltwise_act(const EltwiseActArgs&, Stream);      \
-  Status bn_act(const BnActArgs&, Stream);                \
-  Status bn_act_maxpool(const BnActMaxpoolArgs&, Stream); \
-  Status bn_scale_shift(const BnScaleShiftArgs&, Stream); \
-  Status conv_bn_act(const ConvBnActArgs&, Stream);       \
+#define FUSED_RESNET_LAUNCHERS(Stream)                                   \
+  Status eltwise_act(const EltwiseActArgs&, Stream);                     \
+  Status bn_act(const BnActArgs&, Stream);                               \
+  Status bn_act_maxpool(const BnActMaxpoolArgs&, Stream);                \
+  Status bn_scale_shift(const BnScaleShiftArgs&, Stream);                \
+  Status bn_stats(const BnStatsArgs&, Stream);                           \
+  Status bn_finalize(const BnFinalizeArgs&, Stream);                     \
+  Status bn_act_backward_reduce(const BnActBackwardReduceArgs&, Stream); \
+  Status bn_act_backward(const BnActBackwardArgs&, Stream);              \
+  Status conv_bn_act(const ConvBnActArgs&, Stream);                      \
   Status conv_pack(const ConvPackArgs&, Stream);
 
 namespace cpu {

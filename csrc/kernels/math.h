@@ -23,6 +23,13 @@ FR_INLINE V activate(V x, Act act) {
   return act == Act::relu ? relu(x) : x;
 }
 
+// The gradient g of relu's output y: selected, so that a NaN in g stays out where relu is flat, and
+// passed on where y is NaN, as torch does.
+template <class V>
+FR_INLINE V relu_backward(V y, V g) {
+  return y <= V{} ? V{} : g;
+}
+
 // torch.maximum: NaN on either side wins.
 template <class V>
 FR_INLINE V maximum(V a, V b) {

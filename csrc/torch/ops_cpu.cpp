@@ -1,5 +1,6 @@
 // The CPU engine's registration.
 #include "ops.h"
+#include "ops_training.h"
 
 namespace fused_resnet::glue {
 namespace {
@@ -24,6 +25,12 @@ struct Cpu {
   Status launch(const BnScaleShiftArgs& args) { return cpu::bn_scale_shift(args, pool()); }
   Status launch(const ConvPackArgs& args) { return cpu::conv_pack(args, pool()); }
   Status launch(const ConvBnActArgs& args) { return cpu::conv_bn_act(args, pool()); }
+  Status launch(const BnStatsArgs& args) { return cpu::bn_stats(args, pool()); }
+  Status launch(const BnFinalizeArgs& args) { return cpu::bn_finalize(args, pool()); }
+  Status launch(const BnActBackwardReduceArgs& args) {
+    return cpu::bn_act_backward_reduce(args, pool());
+  }
+  Status launch(const BnActBackwardArgs& args) { return cpu::bn_act_backward(args, pool()); }
 
   static int64_t packed_size(DType dtype, const ConvShape& shape) {
     return cpu::conv_packed_size(dtype, shape);
@@ -40,6 +47,11 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift<Cpu>));
   library.impl("conv_pack", TORCH_BOX(&conv_pack<Cpu>));
   library.impl("conv_bn_act", TORCH_BOX(&conv_bn_act<Cpu>));
+  library.impl("bn_stats", TORCH_BOX(&bn_stats<Cpu>));
+  library.impl("bn_finalize", TORCH_BOX(&bn_finalize<Cpu>));
+  library.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce<Cpu>));
+  library.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<Cpu>));
+  library.impl("bn_act_backward_", TORCH_BOX(&bn_act_backward_<Cpu>));
 }
 
 }  // namespace fused_resnet::glue

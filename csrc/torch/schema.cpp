@@ -20,6 +20,21 @@ constexpr const char* kOps[] = {
     "bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, int[] kernel_size, int[] stride,"
     " int[] padding, int[] dilation, bool ceil_mode, str act) -> Tensor",
 
+    "bn_stats(Tensor x) -> (Tensor mean, Tensor m2)",
+
+    "bn_finalize(Tensor mean, Tensor m2, float count, Tensor? weight, Tensor? bias,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps)"
+    " -> (Tensor scale, Tensor shift, Tensor invstd)",
+
+    "bn_act_backward_reduce(Tensor grad, Tensor x, Tensor? out, Tensor scale, Tensor shift,"
+    " Tensor mean, Tensor invstd, str act) -> (Tensor sum_g, Tensor sum_gx)",
+
+    "bn_act_backward(Tensor grad, Tensor? x, Tensor? out, Tensor scale, Tensor shift, Tensor a,"
+    " Tensor b, Tensor c, str act) -> Tensor",
+
+    "bn_act_backward_(Tensor(a!) grad, Tensor? x, Tensor? out, Tensor scale, Tensor shift,"
+    " Tensor a, Tensor b, Tensor c, str act) -> ()",
+
     "conv_pack(Tensor weight, int groups) -> Tensor",
 
     "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"

@@ -69,8 +69,13 @@ Status eltwise_act(const EltwiseActArgs& a, const Pool& p){CALL(eltwise_act(a, p
     bn_scale_shift(const BnScaleShiftArgs& a, const Pool& p){CALL(bn_scale_shift(a, p))} Status
     conv_bn_act(const ConvBnActArgs& a, const Pool& p){CALL(conv_bn_act(a, p))} Status
     conv_pack(const ConvPackArgs& a, const Pool& p){CALL(conv_pack(a, p))} int64_t
-    conv_packed_size(DType d, const ConvShape& s) {
-  CALL(conv_packed_size(d, s))
-}
+    conv_packed_size(DType d, const ConvShape& s){CALL(conv_packed_size(d, s))}
+
+#define FORWARD(op, Args) \
+  Status op(const Args& args, const Pool& pool) { CALL(op(args, pool)) }
+
+FORWARD(bn_stats, BnStatsArgs) FORWARD(bn_finalize, BnFinalizeArgs)
+    FORWARD(bn_act_backward_reduce, BnActBackwardReduceArgs)
+        FORWARD(bn_act_backward, BnActBackwardArgs)
 
 }  // namespace fused_resnet::cpu

@@ -1,0 +1,216 @@
+// The ops that training is made of, as ops.h has those of inference.
+#pragma once
+
+#include <tuple>
+
+#include "checks.h"
+
+namespace fused_resnet::glue {
+
+inline Tensor new_vector(const Tensor& like, int64_t n, ScalarType type) {
+  return torch::stable::empty({n}, type, std::nullopt, like.device());
+}
+
+// Dense, of the given type.
+inline Tensor converted(const Tensor& t, ScalarType type) {
+  if (t.scalar_type() == type) return in_order(t);
+  Tensor copy = torch::stable::empty(sizes_of(t), type, std::nullopt, t.device());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// Checks a vector of one number per channel of x, in the type x is accumulated in.
+inline Tensor channel_vector(const char* op, const char* argument, const Tensor& t,
+                             const Tensor& x) {
+  check_channels(op, argument, t, x.size(1), accumulation_type(x.scalar_type()), x);
+  return in_order(t);
+}
+
+template <class Args>
+void set_extent(Args& args, const Tensor& x, bool channels_last) {
+  const int64_t pixels = x.size(2) * x.size(3);
+  args.channels = x.size(1);
+  args.outer = channels_last ? x.size(0) * pixels : x.size(0);
+  args.inner = channels_last ? 1 : pixels;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> bn_stats(Tensor x) {
+  constexpr const char* kOp = "bn_stats";
+  check_dim(kOp, "x", x, 4);
+  BnStatsArgs args{};
+  args.dtype = dtype_of(kOp, "x", x);
+  const bool channels_last = suggests_channels_last(x);
+  x = in_format(x, channels_last);
+  Tensor mean = new_vector(x, x.size(1), accumulation_type(x.scalar_type()));
+  Tensor m2 = torch::stable::empty_like(mean);
+  set_extent(args, x, channels_last);
+  args.x = x.const_data_ptr();
+  args.mean = mean.mutable_data_ptr();
+  args.m2 = m2.mutable_data_ptr();
+  check_status(kOp, Device(x).launch(args));
+  return {mean, m2};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> bn_finalize(Tensor mean, Tensor m2, double count,
+                                               MaybeTensor weight, MaybeTensor bias,
+                                               MaybeTensor running_mean, MaybeTensor running_var,
+                                               double momentum, double eps) {
+  constexpr const char* kOp = "bn_finalize";
+  check_dim(kOp, "mean", mean, 1);
+  BnFinalizeArgs args{};
+  args.dtype = dtype_of(kOp, "mean", mean);
+  const ScalarType type = mean.scalar_type();
+  FR_CHECK(type == accumulation_type(type), kOp, ": mean must be float32 or float64, got ",
+           name(type));
+  FR_CHECK(count >= 0, kOp, ": count must be at least 0, got ", count);
+  FR_CHECK(running_mean.has_value() == running_var.has_value(), kOp,
+           ": running_mean and running_var must be given together, got one");
+  const int64_t channels = mean.size(0);
+  check_channels(kOp, "m2", m2, channels, type, mean);
+  auto parameter = [&](const char* argument, MaybeTensor& t) {
+    if (!t) return;
+    dtype_of(kOp, argument, *t);
+    check_channels(kOp, argument, *t, channels, t->scalar_type(), mean);
+    t = converted(*t, type);
+  };
+  parameter("weight", weight);
+  parameter("bias", bias);
+  // Statistics that are not dense are updated in a copy and written back.
+  MaybeTensor dense_mean, dense_var;
+  if (running_mean) {
+    args.running_dtype = dtype_of(kOp, "running_mean", *running_mean);
+    check_channels(kOp, "running_mean", *running_mean, channels, running_mean->scalar_type(), mean);
+    check_channels(kOp, "running_var", *running_var, channels, running_mean->scalar_type(), mean);
+    dense_mean = in_order(*running_mean);
+    dense_var = in_order(*running_var);
+    args.running_mean = dense_mean->mutable_data_ptr();
+    args.running_var = dense_var->mutable_data_ptr();
+  }
+  mean = in_order(mean);
+  m2 = in_order(m2);
+  Tensor scale = new_vector(mean, channels, type), shift = new_vector(mean, channels, type),
+         invstd = new_vector(mean, channels, type);
+  args.mean = mean.const_data_ptr();
+  args.m2 = m2.const_data_ptr();
+  args.weight = pointer(weight);
+  args.bias = pointer(bias);
+  args.scale = scale.mutable_data_ptr();
+  args.shift = shift.mutable_data_ptr();
+  args.invstd = invstd.mutable_data_ptr();
+  args.channels = channels;
+  args.count = count;
+  args.momentum = momentum;
+  args.eps = eps;
+  check_status(kOp, Device(mean).launch(args));
+  auto write_back = [](MaybeTensor& to, const MaybeTensor& dense) {
+    if (to && to->const_data_ptr() != dense->const_data_ptr()) torch::stable::copy_(*to, *dense);
+  };
+  write_back(running_mean, dense_mean);
+  write_back(running_var, dense_var);
+  return {scale, shift, invstd};
+}
+
+// The tensors of a MaskedGrad, checked and in one format.
+struct MaskedGradTensors {
+  Tensor grad;
+  MaybeTensor x, out;
+  Tensor scale, shift;
+
+  MaskedGrad describe(const char* op, const std::string& act, bool channels_last) {
+    check_dim(op, "grad", grad, 4);
+    MaskedGrad args{};
+    args.dtype = dtype_of(op, "grad", grad);
+    args.act = act_of(op, act);
+    auto like_grad = [&](const char* argument, MaybeTensor& t) {
+      if (!t) return;
+      FR_CHECK(t->scalar_type() == grad.scalar_type(), op, ": ", argument, " must be ",
+               name(grad.scalar_type()), " as grad is, got ", name(t->scalar_type()));
+      FR_CHECK(t->is_cpu() == grad.is_cpu() && t->get_device() == grad.get_device(), op, ": ",
+               argument, " must be on the device of grad");
+      check_sizes(op, argument, *t, sizes_of(grad));
+      t = in_format(*t, channels_last);
+    };
+    like_grad("x", x);
+    like_grad("out", out);
+    FR_CHECK(x || out || args.act == Act::none, op,
+             ": out must be given with act \"relu\" and without x, got neither");
+    grad = in_format(grad, channels_last);
+    scale = channel_vector(op, "scale", scale, grad);
+    shift = channel_vector(op, "shift", shift, grad);
+    args.grad = grad.const_data_ptr();
+    args.x = pointer(x);
+    args.out = pointer(out);
+    args.scale = scale.const_data_ptr();
+    args.shift = shift.const_data_ptr();
+    set_extent(args, grad, channels_last);
+    return args;
+  }
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor> bn_act_backward_reduce(Tensor grad, Tensor x, MaybeTensor out,
+                                                  Tensor scale, Tensor shift, Tensor mean,
+                                                  Tensor invstd, std::string act) {
+  constexpr const char* kOp = "bn_act_backward_reduce";
+  MaskedGradTensors in{grad, x, out, scale, shift};
+  BnActBackwardReduceArgs args{};
+  args.in = in.describe(kOp, act, suggests_channels_last(x));
+  mean = channel_vector(kOp, "mean", mean, in.grad);
+  invstd = channel_vector(kOp, "invstd", invstd, in.grad);
+  Tensor sum_g = torch::stable::empty_like(mean), sum_gx = torch::stable::empty_like(mean);
+  args.mean = mean.const_data_ptr();
+  args.invstd = invstd.const_data_ptr();
+  args.sum_g = sum_g.mutable_data_ptr();
+  args.sum_gx = sum_gx.mutable_data_ptr();
+  check_status(kOp, Device(grad).launch(args));
+  return {sum_g, sum_gx};
+}
+
+// The coefficients of bn_act_backward, checked, and what they are to the kernel.
+struct Coefficients {
+  Tensor a, b, c;
+
+  void describe(const char* op, const Tensor& grad, BnActBackwardArgs& args) {
+    a = channel_vector(op, "a", a, grad);
+    b = channel_vector(op, "b", b, grad);
+    c = channel_vector(op, "c", c, grad);
+    args.a = a.const_data_ptr();
+    args.b = b.const_data_ptr();
+    args.c = c.const_data_ptr();
+  }
+};
+
+template <class Device>
+Tensor bn_act_backward(Tensor grad, MaybeTensor x, MaybeTensor out, Tensor scale, Tensor shift,
+                       Tensor a, Tensor b, Tensor c, std::string act) {
+  constexpr const char* kOp = "bn_act_backward";
+  const bool channels_last = suggests_channels_last(x ? *x : grad);
+  MaskedGradTensors in{grad, x, out, scale, shift};
+  Coefficients coefficients{a, b, c};
+  BnActBackwardArgs args{};
+  args.in = in.describe(kOp, act, channels_last);
+  coefficients.describe(kOp, in.grad, args);
+  Tensor dx = new_output(grad, sizes_of(grad), channels_last);
+  args.dx = dx.mutable_data_ptr();
+  check_status(kOp, Device(dx).launch(args));
+  return dx;
+}
+
+template <class Device>
+void bn_act_backward_(Tensor grad, MaybeTensor x, MaybeTensor out, Tensor scale, Tensor shift,
+                      Tensor a, Tensor b, Tensor c, std::string act) {
+  constexpr const char* kOp = "bn_act_backward_";
+  MaskedGradTensors in{grad, x, out, scale, shift};
+  Coefficients coefficients{a, b, c};
+  BnActBackwardArgs args{};
+  args.in = in.describe(kOp, act, suggests_channels_last(grad));
+  coefficients.describe(kOp, in.grad, args);
+  // A gradient that is not dense is worked on in a copy and written back.
+  args.dx = in.grad.mutable_data_ptr();
+  check_status(kOp, Device(grad).launch(args));
+  if (in.grad.const_data_ptr() != grad.const_data_ptr()) torch::stable::copy_(grad, in.grad);
+}
+
+}  // namespace fused_resnet::glue
