@@ -26,7 +26,18 @@ ENGINES = ("auto", "reference", "native", "triton", "vendor")
 #: Those of inference, each a function of :mod:`fused_resnet.functional`.
 INFERENCE_OPS = ("eltwise_act", "bn_scale_shift", "bn_act", "bn_act_maxpool", "conv_bn_act")
 #: Those that training is made of; :mod:`fused_resnet.autograd` calls them.
-TRAINING_OPS = ("bn_stats", "bn_finalize", "bn_act_backward_reduce", "bn_act_backward")
+TRAINING_OPS = (
+    "bn_stats",
+    "bn_finalize",
+    "bn_act_backward_reduce",
+    "bn_act_backward",
+    "bn_act_gram",
+    "relu_backward_reduce",
+    "bn_act_maxpool_train",
+    "bn_act_maxpool_backward_reduce",
+    "bn_act_maxpool_backward",
+    "eltwise_act_backward",
+)
 OPS = INFERENCE_OPS + TRAINING_OPS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -80,10 +81,91 @@ def _bn_act_backward_(
     return None
 
 
+def _bn_act_gram(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, center: Tensor, act: str, stride: int
+) -> tuple[Tensor, Tensor]:
+    channels = x.size(1)
+    return (
+        x.new_empty((channels, channels), dtype=torch.float64),
+        x.new_empty((channels,), dtype=torch.float64),
+    )
+
+
+def _relu_backward_reduce(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    return _image(grad, grad), _vector(grad)
+
+
+def _bn_act_maxpool_train(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    act: str,
+) -> tuple[Tensor, Tensor]:
+    y = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
+    layout = reference.memory_format(x)
+    out = torch.empty(y.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return out, torch.empty(y.shape, dtype=torch.uint8, device=x.device, memory_format=layout)
+
+
+def _bn_act_maxpool_backward_reduce(
+    grad: Tensor,
+    out: Tensor,
+    argmax: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    act: str,
+) -> tuple[Tensor, Tensor]:
+    return _vector(x), _vector(x)
+
+
+def _bn_act_maxpool_backward(
+    grad: Tensor,
+    out: Tensor,
+    argmax: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    act: str,
+) -> Tensor:
+    return _image(x, x)
+
+
+def _eltwise_act_backward(
+    grad: Tensor,
+    inputs: list[Tensor],
+    out: Tensor | None,
+    op: str,
+    coeff: list[float] | None,
+    act: str,
+) -> list[Tensor]:
+    return [torch.empty_like(inputs[0]) for _ in inputs]
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "bn_stats": _bn_stats,
     "bn_finalize": _bn_finalize,
     "bn_act_backward_reduce": _bn_act_backward_reduce,
     "bn_act_backward": _bn_act_backward,
     "bn_act_backward_": _bn_act_backward_,
+    "bn_act_gram": _bn_act_gram,
+    "relu_backward_reduce": _relu_backward_reduce,
+    "bn_act_maxpool_train": _bn_act_maxpool_train,
+    "bn_act_maxpool_backward_reduce": _bn_act_maxpool_backward_reduce,
+    "bn_act_maxpool_backward": _bn_act_maxpool_backward,
+    "eltwise_act_backward": _eltwise_act_backward,
 }

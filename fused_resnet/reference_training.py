@@ -1,15 +1,15 @@
 """The specification of the ops that training is made of, as :mod:`fused_resnet.reference` has those
 of inference: plain torch, any dtype, half types computed in float32 and rounded once."""
 
+import functools
+import itertools
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import (
-    _in_format_of,
-    _per_channel,
-    accumulation_dtype,
-    bn_act,
-)
+from .reference import _act, _in_format_of, _per_channel, accumulation_dtype, bn_act
 
 _PIXELS = (0, 2, 3)
 
@@ -100,3 +100,141 @@ def bn_act_backward(
     if x is not None:
         dx = dx + x.to(g.dtype) * _per_channel(b, g)
     return _in_format_of(dx.to(grad.dtype), grad if x is None else x)
+
+
+def relu_backward_reduce(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """What relu lets through of grad, and its sum by channels in the accumulation dtype."""
+    g = relu_backward(grad, out)
+    return _in_format_of(g, grad), g.to(accumulation_dtype(g.dtype)).sum(_PIXELS)
+
+
+def bn_act_gram(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, center: Tensor, act: str, stride: int
+) -> tuple[Tensor, Tensor]:
+    """In float64, ``sum zc zc^T`` and ``sum zc`` over the pixels a 1x1 convolution of ``stride``
+    reads, for ``zc = z - center[c]`` and ``z = act(x * scale[c] + shift[c])`` in x's dtype."""
+    z = x[:, :, ::stride, ::stride]
+    if scale is not None and shift is not None:
+        z = bn_act(z, scale, shift, None, act)
+    else:
+        z = _act(z, act)
+    wide = z.to(accumulation_dtype(z.dtype))
+    rows = (wide - _per_channel(center, wide)).double().movedim(1, -1).flatten(0, -2)
+    return rows.T @ rows, rows.sum(0)
+
+
+def bn_act_maxpool_train(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    act: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`bn_act_maxpool` and where in its window each maximum is: ``kh * kernel_w + kw``."""
+    y = x.to(accumulation_dtype(x.dtype))
+    y = _act(y * _per_channel(scale, y) + _per_channel(shift, y), act)
+    geometry = [list(pair) for pair in (kernel_size, stride, padding, dilation)]
+    out, place = F.max_pool2d(y, *geometry, ceil_mode=ceil_mode, return_indices=True)
+    position = []
+    for i, at in enumerate((place // x.size(3), place % x.size(3))):
+        steps = torch.arange(out.size(2 + i), device=x.device) * stride[i] - padding[i]
+        position.append((at - (steps.view(-1, 1) if i == 0 else steps)) // dilation[i])
+    argmax = (position[0] * kernel_size[1] + position[1]).to(torch.uint8)
+    return _in_format_of(out.to(x.dtype), x), _in_format_of(argmax, x)
+
+
+def _places(
+    argmax: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The pixel of x each pooled value comes from, counted through an image."""
+    place = argmax.long()
+    rows, columns = (torch.arange(argmax.size(d), device=x.device) for d in (2, 3))
+    h = place // kernel_size[1] * dilation[0] + (rows * stride[0] - padding[0]).view(-1, 1)
+    w = place % kernel_size[1] * dilation[1] + columns * stride[1] - padding[1]
+    return h * x.size(3) + w
+
+
+def bn_act_maxpool_backward_reduce(
+    grad: Tensor,
+    out: Tensor,
+    argmax: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`bn_act_backward_reduce`, over the pooled positions and the x they come from."""
+    g = grad.to(accumulation_dtype(grad.dtype))
+    if act == "relu":
+        g = relu_backward(g, out)
+    places = _places(argmax, x, kernel_size, stride, padding, dilation)
+    taken = x.to(g.dtype).flatten(2).gather(2, places.flatten(2)).view_as(g)
+    return g.sum(_PIXELS), (g * (taken - _per_channel(mean, g))).sum(_PIXELS) * invstd
+
+
+def bn_act_maxpool_backward(
+    grad: Tensor,
+    out: Tensor,
+    argmax: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+) -> Tensor:
+    """``a[c] * g + b[c] * x + c[c]``, g being summed up over the windows whose maximum x is."""
+    g = grad.to(accumulation_dtype(grad.dtype))
+    if act == "relu":
+        g = relu_backward(g, out)
+    places = _places(argmax, x, kernel_size, stride, padding, dilation)
+    wide = x.to(g.dtype)
+    spread = torch.zeros_like(wide.flatten(2)).scatter_add(2, places.flatten(2), g.flatten(2))
+    dx = spread.view(x.shape) * _per_channel(a, g) + wide * _per_channel(b, g) + _per_channel(c, g)
+    return _in_format_of(dx.to(x.dtype), x)
+
+
+def eltwise_act_backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    out: Tensor | None,
+    op: str,
+    coeff: Sequence[float] | None,
+    act: str,
+) -> list[Tensor]:
+    """The gradients of :func:`fused_resnet.reference.eltwise_act`'s inputs."""
+    wide = grad.to(accumulation_dtype(grad.dtype))
+    g = wide if out is None or act == "none" else relu_backward(wide, out)
+    terms = [t.to(g.dtype) for t in inputs]
+    grads = [g] * len(terms)
+    if coeff is not None:
+        grads = [g * factor for factor in coeff]
+    elif op == "prod":
+        others = (terms[:i] + terms[i + 1 :] for i in range(len(terms)))
+        grads = [functools.reduce(torch.mul, rest, g) for rest in others]
+    elif op == "max":
+        largest = list(itertools.accumulate(terms, torch.maximum))
+        zero = torch.zeros_like(g)
+        for i in range(len(terms) - 1, 0, -1):
+            first, second = largest[i - 1], terms[i]
+            share = torch.where(first == second, g / 2, g)
+            grads[i] = torch.where(first > second, zero, share)
+            g = torch.where(first < second, zero, share)
+        grads[0] = g
+    return [torch.empty_like(inputs[0]).copy_(t) for t in grads]

@@ -133,6 +133,95 @@ struct BnActBackwardArgs {
   void* dx;
 };
 
+// g as above of out alone, stored, and its sum by channels.
+struct ReluBackwardReduceArgs {
+  MaskedGrad in;
+  void* g;
+  void* sum_g;
+};
+
+// Of zc = z - center[c], z = act(x * scale[c] + shift[c]) rounded to dtype (act(x) where scale is
+// null), at every stride-th row and column of the image: gram[i][j] = sum of zc_i * zc_j and
+// sum[c] = sum of zc, both fp64. x is channels_last.
+struct BnActGramArgs {
+  DType dtype;
+  Act act;
+  const void* x;
+  const void* scale;
+  const void* shift;
+  const void* center;
+  void* gram;
+  void* sum;
+  int64_t batch, height, width, channels, stride;
+};
+
+// The shape of a pooling in training, where activations are channels_last.
+struct PoolShape {
+  int64_t batch, channels, height, width, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// bn_act_maxpool that keeps where the maximum was: argmax = kh * kernel[1] + kw of the first of the
+// largest, or of the last NaN, as torch has it. A window has at most 255 positions.
+struct BnActMaxpoolTrainArgs {
+  DType dtype;
+  Act act;
+  PoolShape shape;
+  const void* x;
+  const void* scale;
+  const void* shift;
+  void* out;
+  uint8_t* argmax;
+};
+
+// The gradient of bn_act_maxpool with respect to its BatchNorm. At each pooled position, g is grad
+// where relu let it through (not out <= 0) and x is taken at argmax:
+// sum_g[c] = sum of g, sum_gx[c] = invstd[c] * sum of g * (x - mean[c]).
+struct BnActMaxpoolBackwardReduceArgs {
+  DType dtype;
+  Act act;
+  PoolShape shape;
+  const void* grad;
+  const void* out;
+  const uint8_t* argmax;
+  const void* x;
+  const void* mean;
+  const void* invstd;
+  void* sum_g;
+  void* sum_gx;
+};
+
+// dx = a[c] * (sum of the g of the windows whose maximum this is) + b[c] * x + c[c].
+struct BnActMaxpoolBackwardArgs {
+  DType dtype;
+  Act act;
+  PoolShape shape;
+  const void* grad;
+  const void* out;
+  const uint8_t* argmax;
+  const void* x;
+  const void* a;
+  const void* b;
+  const void* c;
+  void* dx;
+};
+
+// The gradient of every input of eltwise_act, g being grad where relu let it through (not
+// out <= 0; out may be null without relu). sum: coeff_i * g; prod: g times the product of the other
+// inputs; max: g to the largest, split as torch.maximum splits it, two at a time from the left.
+struct EltwiseActBackwardArgs {
+  DType dtype;
+  EltwiseOp op;
+  Act act;
+  int count;
+  const void* grad;
+  const void* out;
+  const void* const* inputs;
+  const double* coeff;
+  void* const* grads;
+  int64_t numel;
+};
+
 // The shape of a convolution. Activations are channels_last: x [batch, height, width, in_channels],
 // out [batch, out_height, out_width, out_channels].
 struct ConvShape {
@@ -170,16 +259,22 @@ struct ConvPackArgs {
 };
 
 // Every op's launcher, declared once per place it can run in.
-#define FUSED_RESNET_LAUNCHERS(Stream)                                   \
-  Status eltwise_act(const EltwiseActArgs&, Stream);                     \
-  Status bn_act(const BnActArgs&, Stream);                               \
-  Status bn_act_maxpool(const BnActMaxpoolArgs&, Stream);                \
-  Status bn_scale_shift(const BnScaleShiftArgs&, Stream);                \
-  Status bn_stats(const BnStatsArgs&, Stream);                           \
-  Status bn_finalize(const BnFinalizeArgs&, Stream);                     \
-  Status bn_act_backward_reduce(const BnActBackwardReduceArgs&, Stream); \
-  Status bn_act_backward(const BnActBackwardArgs&, Stream);              \
-  Status conv_bn_act(const ConvBnActArgs&, Stream);                      \
+#define FUSED_RESNET_LAUNCHERS(Stream)                                                  \
+  Status eltwise_act(const EltwiseActArgs&, Stream);                                    \
+  Status bn_act(const BnActArgs&, Stream);                                              \
+  Status bn_act_maxpool(const BnActMaxpoolArgs&, Stream);                               \
+  Status bn_scale_shift(const BnScaleShiftArgs&, Stream);                               \
+  Status bn_stats(const BnStatsArgs&, Stream);                                          \
+  Status bn_finalize(const BnFinalizeArgs&, Stream);                                    \
+  Status bn_act_backward_reduce(const BnActBackwardReduceArgs&, Stream);                \
+  Status bn_act_backward(const BnActBackwardArgs&, Stream);                             \
+  Status bn_act_gram(const BnActGramArgs&, Stream);                                     \
+  Status relu_backward_reduce(const ReluBackwardReduceArgs&, Stream);                   \
+  Status bn_act_maxpool_train(const BnActMaxpoolTrainArgs&, Stream);                    \
+  Status bn_act_maxpool_backward_reduce(const BnActMaxpoolBackwardReduceArgs&, Stream); \
+  Status bn_act_maxpool_backward(const BnActMaxpoolBackwardArgs&, Stream);              \
+  Status eltwise_act_backward(const EltwiseActBackwardArgs&, Stream);                   \
+  Status conv_bn_act(const ConvBnActArgs&, Stream);                                     \
   Status conv_pack(const ConvPackArgs&, Stream);
 
 namespace cpu {

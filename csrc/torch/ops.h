@@ -8,19 +8,35 @@
 
 namespace fused_resnet::glue {
 
+inline EltwiseOp eltwise_op_of(const char* name, size_t inputs, const std::string& op,
+                               const std::optional<std::vector<double>>& coeff) {
+  FR_CHECK(inputs > 0, name, ": inputs must hold at least one tensor, got none");
+  FR_CHECK(op == "sum" || op == "prod" || op == "max", name,
+           ": op must be \"sum\", \"prod\" or \"max\", got \"", op, "\"");
+  FR_CHECK(!coeff || op == "sum", name, ": coeff is for op \"sum\" only, got op \"", op, "\"");
+  FR_CHECK(!coeff || coeff->size() == inputs, name, ": coeff must hold ", inputs,
+           " numbers, one per input, got ", coeff->size());
+  return op == "sum" ? EltwiseOp::sum : op == "prod" ? EltwiseOp::prod : EltwiseOp::max;
+}
+
+// t itself, or a copy with the strides `layout` has.
+inline Tensor laid_out_as(const Tensor& t, const Tensor& layout) {
+  bool same = true;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    same = same && (t.size(d) <= 1 || t.stride(d) == layout.stride(d));
+  if (same) return t;
+  Tensor dense = torch::stable::empty_like(layout);
+  torch::stable::copy_(dense, t);
+  return dense;
+}
+
 template <class Device>
 Tensor eltwise_act(std::vector<Tensor> inputs, std::string op,
                    std::optional<std::vector<double>> coeff, std::string act) {
   constexpr const char* kOp = "eltwise_act";
-  FR_CHECK(!inputs.empty(), kOp, ": inputs must hold at least one tensor, got none");
-  FR_CHECK(op == "sum" || op == "prod" || op == "max", kOp,
-           ": op must be \"sum\", \"prod\" or \"max\", got \"", op, "\"");
-  FR_CHECK(!coeff || op == "sum", kOp, ": coeff is for op \"sum\" only, got op \"", op, "\"");
-  FR_CHECK(!coeff || coeff->size() == inputs.size(), kOp, ": coeff must hold ", inputs.size(),
-           " numbers, one per input, got ", coeff->size());
   EltwiseActArgs args{};
+  args.op = eltwise_op_of(kOp, inputs.size(), op, coeff);
   args.dtype = dtype_of(kOp, "inputs[0]", inputs[0]);
-  args.op = op == "sum" ? EltwiseOp::sum : op == "prod" ? EltwiseOp::prod : EltwiseOp::max;
   args.act = act_of(kOp, act);
   const Ints sizes = sizes_of(inputs[0]);
   for (const Tensor& t : inputs) {
@@ -31,14 +47,7 @@ Tensor eltwise_act(std::vector<Tensor> inputs, std::string op,
   Tensor out = torch::stable::empty_like(inputs[0]);
   std::vector<const void*> pointers;
   for (Tensor& t : inputs) {
-    bool same = true;
-    for (int64_t d = 0; d < t.dim(); ++d)
-      same = same && (t.size(d) <= 1 || t.stride(d) == out.stride(d));
-    if (!same) {
-      Tensor dense = torch::stable::empty_like(out);
-      torch::stable::copy_(dense, t);
-      t = dense;
-    }
+    t = laid_out_as(t, out);
     pointers.push_back(t.const_data_ptr());
   }
   args.count = static_cast<int>(inputs.size());
@@ -154,18 +163,23 @@ inline int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padd
   return out;
 }
 
+inline void check_pooling(const char* op, const Ints& kernel_size, const Ints& stride,
+                          const Ints& padding, const Ints& dilation) {
+  check_pair(op, "kernel_size", kernel_size, 1);
+  check_pair(op, "stride", stride, 1);
+  check_pair(op, "padding", padding, 0);
+  check_pair(op, "dilation", dilation, 1);
+  FR_CHECK(padding[0] * 2 <= kernel_size[0] && padding[1] * 2 <= kernel_size[1], op,
+           ": padding must be at most half of kernel_size ", text(kernel_size), ", got ",
+           text(padding));
+}
+
 template <class Device>
 Tensor bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, Ints kernel_size, Ints stride,
                       Ints padding, Ints dilation, bool ceil_mode, std::string act) {
   constexpr const char* kOp = "bn_act_maxpool";
   check_bn_act(kOp, x, scale, shift, std::nullopt);
-  check_pair(kOp, "kernel_size", kernel_size, 1);
-  check_pair(kOp, "stride", stride, 1);
-  check_pair(kOp, "padding", padding, 0);
-  check_pair(kOp, "dilation", dilation, 1);
-  FR_CHECK(padding[0] * 2 <= kernel_size[0] && padding[1] * 2 <= kernel_size[1], kOp,
-           ": padding must be at most half of kernel_size ", text(kernel_size), ", got ",
-           text(padding));
+  check_pooling(kOp, kernel_size, stride, padding, dilation);
   const bool channels_last = suggests_channels_last(x);
   x = in_format(x, channels_last);
   scale = in_order(scale);

@@ -1,6 +1,7 @@
 // The CPU engine's registration.
 #include "ops.h"
 #include "ops_training.h"
+#include "ops_training_pool.h"
 
 namespace fused_resnet::glue {
 namespace {
@@ -31,6 +32,22 @@ struct Cpu {
     return cpu::bn_act_backward_reduce(args, pool());
   }
   Status launch(const BnActBackwardArgs& args) { return cpu::bn_act_backward(args, pool()); }
+  Status launch(const BnActGramArgs& args) { return cpu::bn_act_gram(args, pool()); }
+  Status launch(const ReluBackwardReduceArgs& args) {
+    return cpu::relu_backward_reduce(args, pool());
+  }
+  Status launch(const BnActMaxpoolTrainArgs& args) {
+    return cpu::bn_act_maxpool_train(args, pool());
+  }
+  Status launch(const BnActMaxpoolBackwardReduceArgs& args) {
+    return cpu::bn_act_maxpool_backward_reduce(args, pool());
+  }
+  Status launch(const BnActMaxpoolBackwardArgs& args) {
+    return cpu::bn_act_maxpool_backward(args, pool());
+  }
+  Status launch(const EltwiseActBackwardArgs& args) {
+    return cpu::eltwise_act_backward(args, pool());
+  }
 
   static int64_t packed_size(DType dtype, const ConvShape& shape) {
     return cpu::conv_packed_size(dtype, shape);
@@ -52,6 +69,12 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce<Cpu>));
   library.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<Cpu>));
   library.impl("bn_act_backward_", TORCH_BOX(&bn_act_backward_<Cpu>));
+  library.impl("bn_act_gram", TORCH_BOX(&bn_act_gram<Cpu>));
+  library.impl("relu_backward_reduce", TORCH_BOX(&relu_backward_reduce<Cpu>));
+  library.impl("bn_act_maxpool_train", TORCH_BOX(&bn_act_maxpool_train<Cpu>));
+  library.impl("bn_act_maxpool_backward_reduce", TORCH_BOX(&bn_act_maxpool_backward_reduce<Cpu>));
+  library.impl("bn_act_maxpool_backward", TORCH_BOX(&bn_act_maxpool_backward<Cpu>));
+  library.impl("eltwise_act_backward", TORCH_BOX(&eltwise_act_backward<Cpu>));
 }
 
 }  // namespace fused_resnet::glue

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "ops.h"
 
 namespace fused_resnet::glue {
 
@@ -24,6 +25,14 @@ inline Tensor channel_vector(const char* op, const char* argument, const Tensor&
                              const Tensor& x) {
   check_channels(op, argument, t, x.size(1), accumulation_type(x.scalar_type()), x);
   return in_order(t);
+}
+
+inline void check_like_grad(const char* op, const char* argument, const Tensor& t,
+                            const Tensor& grad) {
+  FR_CHECK(t.scalar_type() == grad.scalar_type(), op, ": ", argument, " must be ",
+           name(grad.scalar_type()), " as grad is, got ", name(t.scalar_type()));
+  FR_CHECK(t.is_cpu() == grad.is_cpu() && t.get_device() == grad.get_device(), op, ": ", argument,
+           " must be on the device of grad");
 }
 
 template <class Args>
@@ -125,10 +134,7 @@ struct MaskedGradTensors {
     args.act = act_of(op, act);
     auto like_grad = [&](const char* argument, MaybeTensor& t) {
       if (!t) return;
-      FR_CHECK(t->scalar_type() == grad.scalar_type(), op, ": ", argument, " must be ",
-               name(grad.scalar_type()), " as grad is, got ", name(t->scalar_type()));
-      FR_CHECK(t->is_cpu() == grad.is_cpu() && t->get_device() == grad.get_device(), op, ": ",
-               argument, " must be on the device of grad");
+      check_like_grad(op, argument, *t, grad);
       check_sizes(op, argument, *t, sizes_of(grad));
       t = in_format(*t, channels_last);
     };
@@ -211,6 +217,106 @@ void bn_act_backward_(Tensor grad, MaybeTensor x, MaybeTensor out, Tensor scale,
   args.dx = in.grad.mutable_data_ptr();
   check_status(kOp, Device(grad).launch(args));
   if (in.grad.const_data_ptr() != grad.const_data_ptr()) torch::stable::copy_(grad, in.grad);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> relu_backward_reduce(Tensor grad, Tensor out) {
+  constexpr const char* kOp = "relu_backward_reduce";
+  check_dim(kOp, "grad", grad, 4);
+  ReluBackwardReduceArgs args{};
+  args.in.dtype = dtype_of(kOp, "grad", grad);
+  args.in.act = Act::relu;
+  check_like_grad(kOp, "out", out, grad);
+  check_sizes(kOp, "out", out, sizes_of(grad));
+  const bool channels_last = suggests_channels_last(grad);
+  grad = in_format(grad, channels_last);
+  out = in_format(out, channels_last);
+  Tensor g = new_output(grad, sizes_of(grad), channels_last);
+  Tensor sum_g = new_vector(grad, grad.size(1), accumulation_type(grad.scalar_type()));
+  set_extent(args.in, grad, channels_last);
+  args.in.grad = grad.const_data_ptr();
+  args.in.out = out.const_data_ptr();
+  args.g = g.mutable_data_ptr();
+  args.sum_g = sum_g.mutable_data_ptr();
+  check_status(kOp, Device(g).launch(args));
+  return {g, sum_g};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> bn_act_gram(Tensor x, MaybeTensor scale, MaybeTensor shift,
+                                       Tensor center, std::string act, int64_t stride) {
+  constexpr const char* kOp = "bn_act_gram";
+  check_dim(kOp, "x", x, 4);
+  BnActGramArgs args{};
+  args.dtype = dtype_of(kOp, "x", x);
+  args.act = act_of(kOp, act);
+  FR_CHECK(stride >= 1, kOp, ": stride must be at least 1, got ", stride);
+  FR_CHECK(scale.has_value() == shift.has_value(), kOp,
+           ": scale and shift must be given together, got one");
+  if (scale) {
+    scale = channel_vector(kOp, "scale", *scale, x);
+    shift = channel_vector(kOp, "shift", *shift, x);
+  }
+  center = channel_vector(kOp, "center", center, x);
+  x = in_format(x, true);
+  args.batch = x.size(0);
+  args.channels = x.size(1);
+  args.height = x.size(2);
+  args.width = x.size(3);
+  args.stride = stride;
+  Tensor gram = torch::stable::empty({args.channels, args.channels}, ScalarType::Double,
+                                     std::nullopt, x.device());
+  Tensor sum = new_vector(x, args.channels, ScalarType::Double);
+  args.x = x.const_data_ptr();
+  args.scale = pointer(scale);
+  args.shift = pointer(shift);
+  args.center = center.const_data_ptr();
+  args.gram = gram.mutable_data_ptr();
+  args.sum = sum.mutable_data_ptr();
+  check_status(kOp, Device(x).launch(args));
+  return {gram, sum};
+}
+
+template <class Device>
+std::vector<Tensor> eltwise_act_backward(Tensor grad, std::vector<Tensor> inputs, MaybeTensor out,
+                                         std::string op, std::optional<std::vector<double>> coeff,
+                                         std::string act) {
+  constexpr const char* kOp = "eltwise_act_backward";
+  EltwiseActBackwardArgs args{};
+  args.dtype = dtype_of(kOp, "grad", grad);
+  args.act = act_of(kOp, act);
+  args.op = eltwise_op_of(kOp, inputs.size(), op, coeff);
+  FR_CHECK(out || args.act == Act::none, kOp, ": out must be given with act \"relu\", got none");
+  for (const Tensor& t : inputs) {
+    check_like_grad(kOp, "every input", t, grad);
+    check_sizes(kOp, "every input", t, sizes_of(grad));
+  }
+  // All in the layout the forward's output has.
+  const Tensor layout = torch::stable::empty_like(inputs[0]);
+  std::vector<const void*> from;
+  std::vector<void*> to;
+  std::vector<Tensor> grads;
+  for (Tensor& t : inputs) {
+    t = laid_out_as(t, layout);
+    grads.push_back(torch::stable::empty_like(layout));
+    from.push_back(t.const_data_ptr());
+    to.push_back(grads.back().mutable_data_ptr());
+  }
+  grad = laid_out_as(grad, layout);
+  if (out) {
+    check_like_grad(kOp, "out", *out, grad);
+    check_sizes(kOp, "out", *out, sizes_of(grad));
+    out = laid_out_as(*out, layout);
+  }
+  args.count = static_cast<int>(inputs.size());
+  args.grad = grad.const_data_ptr();
+  args.out = pointer(out);
+  args.inputs = from.data();
+  args.coeff = coeff ? coeff->data() : nullptr;
+  args.grads = to.data();
+  args.numel = grad.numel();
+  check_status(kOp, Device(grad).launch(args));
+  return grads;
 }
 
 }  // namespace fused_resnet::glue

@@ -35,6 +35,25 @@ constexpr const char* kOps[] = {
     "bn_act_backward_(Tensor(a!) grad, Tensor? x, Tensor? out, Tensor scale, Tensor shift,"
     " Tensor a, Tensor b, Tensor c, str act) -> ()",
 
+    "bn_act_gram(Tensor x, Tensor? scale, Tensor? shift, Tensor center, str act, int stride)"
+    " -> (Tensor gram, Tensor sum)",
+
+    "relu_backward_reduce(Tensor grad, Tensor out) -> (Tensor g, Tensor sum_g)",
+
+    "bn_act_maxpool_train(Tensor x, Tensor scale, Tensor shift, int[] kernel_size, int[] stride,"
+    " int[] padding, int[] dilation, bool ceil_mode, str act) -> (Tensor out, Tensor argmax)",
+
+    "bn_act_maxpool_backward_reduce(Tensor grad, Tensor out, Tensor argmax, Tensor x, Tensor mean,"
+    " Tensor invstd, int[] kernel_size, int[] stride, int[] padding, int[] dilation, str act)"
+    " -> (Tensor sum_g, Tensor sum_gx)",
+
+    "bn_act_maxpool_backward(Tensor grad, Tensor out, Tensor argmax, Tensor x, Tensor a, Tensor b,"
+    " Tensor c, int[] kernel_size, int[] stride, int[] padding, int[] dilation, str act)"
+    " -> Tensor",
+
+    "eltwise_act_backward(Tensor grad, Tensor[] inputs, Tensor? out, str op, float[]? coeff,"
+    " str act) -> Tensor[]",
+
     "conv_pack(Tensor weight, int groups) -> Tensor",
 
     "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"

@@ -1,21 +1,9 @@
 #include "../math.h"
-#include "vec.h"
+#include "pool.h"
 
 FR_NAMESPACE_BEGIN
 
 namespace {
-
-struct Window {
-  int64_t begin, end;  // of input positions, in steps of the dilation
-};
-
-FR_VEC Window window(int64_t out, int64_t stride, int64_t padding, int64_t kernel, int64_t dilation,
-                     int64_t size) {
-  int64_t begin = out * stride - padding;
-  const int64_t last = begin + (kernel - 1) * dilation + 1;
-  if (begin < 0) begin += (-begin + dilation - 1) / dilation * dilation;
-  return {begin, last < size ? last : size};
-}
 
 // All positions of one output pixel, `lanes` channels at once; NaN wins, and the first of equals.
 template <class T, class Load>

@@ -203,6 +203,24 @@ FR_VEC void sum_pixels(const Blocks& blocks, int64_t block, int64_t c, const Pre
   }
 }
 
+// Adds up the blocks' sums, [block][sum][channel], row by row as they lie in memory; finish(c,
+// sums) gets a channel's.
+template <int kSums, class Finish>
+FR_VEC Status add_up(const double* table, int64_t blocks, int64_t channels, const Finish& finish) {
+  const int64_t length = kSums * channels;
+  Workspace<double> total(length);
+  if (!total.data) return Status::out_of_memory;
+  for (int64_t i = 0; i < length; ++i) total.data[i] = 0;
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t i = 0; i < length; ++i) total.data[i] += table[block * length + i];
+  for (int64_t c = 0; c < channels; ++c) {
+    double sums[kSums];
+    for (int k = 0; k < kSums; ++k) sums[k] = total.data[k * channels + c];
+    finish(c, sums);
+  }
+  return Status::ok;
+}
+
 // Sums of one pass over each channel's pixels: finish(c, sums) gets a channel's, in fp64.
 template <int kSums, class A, class Prepare, class Term, class Finish>
 FR_VEC Status sum_channels(const Pool& pool, const Blocks& blocks, const Prepare& prepare,
@@ -236,18 +254,7 @@ FR_VEC Status sum_channels(const Pool& pool, const Blocks& blocks, const Prepare
              });
   }
   if (failed) return Status::out_of_memory;
-  // Row by row, as the table lies in memory.
-  Workspace<double> total(kSums * channels);
-  if (!total.data) return Status::out_of_memory;
-  for (int64_t i = 0; i < kSums * channels; ++i) total.data[i] = 0;
-  for (int64_t block = 0; block < blocks.count; ++block)
-    for (int64_t i = 0; i < kSums * channels; ++i) total.data[i] += row_of(block)[i];
-  for (int64_t c = 0; c < channels; ++c) {
-    double sums[kSums];
-    for (int k = 0; k < kSums; ++k) sums[k] = total.data[k * channels + c];
-    finish(c, sums);
-  }
-  return Status::ok;
+  return add_up<kSums>(table.data, blocks.count, channels, finish);
 }
 
 FR_NAMESPACE_END

@@ -77,5 +77,11 @@ Status eltwise_act(const EltwiseActArgs& a, const Pool& p){CALL(eltwise_act(a, p
 FORWARD(bn_stats, BnStatsArgs) FORWARD(bn_finalize, BnFinalizeArgs)
     FORWARD(bn_act_backward_reduce, BnActBackwardReduceArgs)
         FORWARD(bn_act_backward, BnActBackwardArgs)
+FORWARD(bn_act_gram, BnActGramArgs)
+FORWARD(relu_backward_reduce, ReluBackwardReduceArgs)
+FORWARD(bn_act_maxpool_train, BnActMaxpoolTrainArgs)
+FORWARD(bn_act_maxpool_backward_reduce, BnActMaxpoolBackwardReduceArgs)
+FORWARD(bn_act_maxpool_backward, BnActMaxpoolBackwardArgs)
+FORWARD(eltwise_act_backward, EltwiseActBackwardArgs)
 
 }  // namespace fused_resnet::cpu
