@@ -39,7 +39,7 @@ def ninja_lines(variables, module, cuda):
 
     dispatch = "csrc/kernels/cpu/dispatch.cpp"
     kernels = objects(dispatch, "-DFUSED_RESNET_HAVE_X86" if X86 else "")
-    for isa in ("generic", "avx2", "avx512") if X86 else ("generic",):
+    for isa in ("generic", "avx2", "avx512", "avx512bf16") if X86 else ("generic",):
         flags = f"${isa} -DFUSED_RESNET_ISA={isa}"
         kernels += objects("csrc/kernels/cpu/*.cpp", flags, tag=f".{isa}", but=dispatch)
     ops = objects("csrc/torch/schema.cpp", "$glue") + objects("csrc/torch/ops_cpu.cpp", "$glue")

@@ -75,7 +75,7 @@ def _constants() -> dict[str, list[int]]:
 
 TILE = _constants()
 LANES = {torch.float64: 8}  # of a vector; 16 for every other dtype, which is computed in float32
-ROWS = sorted(set(TILE["kRows"]))
+ROWS = sorted({*TILE["kRows"], *TILE["kWideRows"]})
 PANELS = sorted({vecs * lanes for vecs in TILE["kMaxVecs"] for lanes in (8, 16)})
 
 
@@ -286,4 +286,5 @@ def isas() -> tuple[str, ...]:
         "avx2": {"avx2", "fma"},
         "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
     }
+    wanted["avx512bf16"] = wanted["avx512"] | {"avx512bf16"}
     return tuple(name for name, features in wanted.items() if features <= has)

@@ -142,6 +142,18 @@ TILES = [
     *(Conv(1, (depth, 9), (3, 3)) for depth in around(8, 16)),
     *(pointwise(7, (depth, 9)) for depth in around(TILE["kSumSteps"][0])),
     *(Conv(1, (TILE["kSumSteps"][0] // 9 + d, 9), (4, 3)) for d in (0, 1)),
+    # Read where it lies, with padding at the ends of tiles and beyond, in wide tiles and others.
+    *(
+        Conv(2, (TILE["kShortDepth"][0] * 2, width), (rows, columns))
+        for width in (PANELS[-1], 2 * PANELS[-1], 2 * PANELS[-1] + 1)
+        for rows, columns in ((3, ROWS[-1]), (4, ROWS[-2]), (2, ROWS[-1] + 1))
+    ),
+    Conv(1, (TILE["kShortDepth"][0] * 2 + 1, 70), (5, 7), (5, 5), padding=(3, 4), dilation=(2, 2)),
+    # Pixels that fall into one set of the cache are copied.
+    *(
+        Conv(1, (TILE["kSetBytes"][0] // size, 70), (4, 5), (1, 1), (s, s), (0, 0))
+        for size, s in ((4, 1), (2, 1), (4, 2))
+    ),
     # More than one chunk of pixels; more weights than pixels; nearly as much.
     Conv(2, _WIDE, (_CHUNKED, _CHUNKED), kernel=(1, 1), padding=(0, 0)),
     Conv(2, _WIDE, (_CHUNKED, _CHUNKED), stride=(2, 2)),

@@ -21,6 +21,8 @@ SOURCES = {
 SIZES = {
     "FR_SUM_STEPS": TILE["kSumSteps"][0],
     "FR_GRAIN": TILE["kGrain"][0],
+    "FR_SHORT_DEPTH": TILE["kShortDepth"][0],
+    "FR_SET_BYTES": TILE["kSetBytes"][0],
     "FR_PACK_IN_PASS": TILE["kPackInPassBytes"][0],
 }
 
@@ -29,7 +31,9 @@ def isa_flags(isa: str) -> list[str]:
     """What csrc/rules.ninja compiles an instruction set with."""
     text = (ROOT / "csrc/rules.ninja").read_text().replace("$\n", " ")
     variables = dict(re.findall(r"^(\w+) =(.*)$", text, re.MULTILINE))
-    flags = re.sub(r"\$(\w+)", lambda found: variables[found[1]], variables[isa])
+    flags = f"${isa}"
+    while "$" in flags:
+        flags = re.sub(r"\$(\w+)", lambda found: variables[found[1]], flags)
     return [*flags.split(), f"-DFUSED_RESNET_ISA={isa}"]
 
 

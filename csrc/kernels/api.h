@@ -247,9 +247,8 @@ struct ConvBnActArgs {
   void* out;
 };
 
-// Rearranges a convolution's weight into the panels conv_bn_act reads. Elements of `packed` are
-// fp32 (fp64 for f64); conv_packed_size says how many there are. The format belongs to the
-// processor at hand.
+// Rearranges a convolution's weight into the panels conv_bn_act reads. conv_packed_size and
+// conv_packed_dtype say what `packed` holds. The format belongs to the processor at hand.
 struct ConvPackArgs {
   DType dtype;
   ConvShape shape;  // batch and image sizes are not read
@@ -288,10 +287,12 @@ struct Pool {
 
 FUSED_RESNET_LAUNCHERS(const Pool&)
 
+// How many elements a packed weight has, and of what type.
 int64_t conv_packed_size(DType dtype, const ConvShape& shape);
+DType conv_packed_dtype(DType dtype);
 
-// The instruction set the kernels run with: the best of "avx512", "avx2", "generic" that the
-// processor and the build have, or the one FUSED_RESNET_ISA names.
+// The instruction set the kernels run with: the best of "avx512bf16", "avx512", "avx2" and
+// "generic" that the processor and the build have, or the one FUSED_RESNET_ISA names.
 const char* isa();
 
 }  // namespace cpu

@@ -47,5 +47,5 @@ PYBIND11_MODULE(_C, module) {
       "compiler.");
   module.def("cpu_features", &cpu_features, "Vector extensions of this processor, by GCC's names.");
   module.def("isa", &fused_resnet::cpu::isa,
-             "The instruction set the CPU kernels run with: avx512, avx2 or generic.");
+             "The instruction set the CPU kernels run with: avx512bf16, avx512, avx2 or generic.");
 }

@@ -67,6 +67,19 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& t) {
   return DType::f32;
 }
 
+inline ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::f64:
+      return ScalarType::Double;
+    case DType::bf16:
+      return ScalarType::BFloat16;
+    case DType::f16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::Float;
+  }
+}
+
 inline Act act_of(const char* op, const std::string& act) {
   FR_CHECK(act == "none" || act == "relu", op, ": act must be \"none\" or \"relu\", got \"", act,
            "\"");

@@ -238,9 +238,9 @@ Tensor conv_pack(Tensor weight, int64_t groups) {
   args.dtype = dtype_of(kOp, "weight", weight);
   args.weight = weight.const_data_ptr();
   for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
-  Tensor packed =
-      torch::stable::empty({Device::packed_size(args.dtype, args.shape)},
-                           accumulation_type(weight.scalar_type()), std::nullopt, weight.device());
+  Tensor packed = torch::stable::empty({Device::packed_size(args.dtype, args.shape)},
+                                       scalar_type_of(Device::packed_dtype(args.dtype)),
+                                       std::nullopt, weight.device());
   args.packed = packed.mutable_data_ptr();
   check_status(kOp, Device(packed).launch(args));
   return packed;
@@ -294,7 +294,7 @@ Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift
   }
   if (packed) {
     check_channels(kOp, "packed", *packed, Device::packed_size(args.dtype, s),
-                   accumulation_type(x.scalar_type()), x);
+                   scalar_type_of(Device::packed_dtype(args.dtype)), x);
     packed = in_order(*packed);
   }
   const bool channels_last = suggests_channels_last(x) || suggests_channels_last(weight);

@@ -52,6 +52,7 @@ struct Cpu {
   static int64_t packed_size(DType dtype, const ConvShape& shape) {
     return cpu::conv_packed_size(dtype, shape);
   }
+  static DType packed_dtype(DType dtype) { return cpu::conv_packed_dtype(dtype); }
 };
 
 }  // namespace

@@ -73,6 +73,8 @@ struct Type<f16> {
 
 template <class T>
 using Acc = kernels::Acc<T>;
+template <class T>
+using Element = kernels::Element<T>;
 
 inline uint64_t state = 1;
 inline double random_number() {  // in [-1, 1)

@@ -61,6 +61,13 @@ std::vector<Case> cases() {
   add(shape(2, 3, 3, 4, 5, 1, 3, 4));               // whole windows in the padding
   add(shape(1, 1, 1, 1, 1, 1), true);               // the least there is
   add(shape(0, 3, 3, 4, 5, 3, 1, 1));               // no images
+  // Read where it lies, with padding, by both kinds of tile.
+  for (int64_t out : {width, 2 * width, 2 * width + 1})
+    for (int64_t across : {int64_t(kernels::kWideRows), int64_t(kRows), int64_t(kRows) + 1})
+      add(shape(2, 3, across, 2 * FR_SHORT_DEPTH, out, 3, 1, 1), out == 2 * width);
+  add(shape(1, 5, 7, 2 * FR_SHORT_DEPTH + 1, 2 * width, 5, 1, 4, 2));
+  for (int64_t stride : {1, 2})  // pixels are copied
+    add(shape(1, 3, 4, FR_SET_BYTES / sizeof(T), 2 * width, 1, stride), stride == 2);
   ConvShape oblong = shape(2, 6, 7, 5, 9, 1);
   oblong.kernel[0] = 4;
   oblong.kernel[1] = 2;
@@ -109,7 +116,7 @@ struct Problem {
     }
   }
 
-  fused_resnet::ConvBnActArgs args(const Array<Acc<T>>* packed, Array<T>& out) const {
+  fused_resnet::ConvBnActArgs args(const Array<Element<T>>* packed, Array<T>& out) const {
     fused_resnet::ConvBnActArgs a{};
     a.dtype = Type<T>::dtype;
     a.act = act;
@@ -168,14 +175,15 @@ void check_case(const Case& c) {
                                std::to_string(c.shape.out_channels) + " k" +
                                std::to_string(c.shape.kernel[0]) + " dtype " +
                                std::to_string(static_cast<int>(Type<T>::dtype));
-      Array<Acc<T>> packed(packed_size);
+      Array<Element<T>> packed(packed_size);
       fused_resnet::ConvPackArgs pack{
           Type<T>::dtype, c.shape, problem.weight.data(), {}, packed.data()};
       for (int d = 0; d < 4; ++d) pack.weight_stride[d] = problem.weight_stride[d];
       expect(kernels::conv_pack(pack, pool(3)) == Status::ok, what);
       Array<T> first(problem.residual.size());
       for (int threads : {3, 1})
-        for (const Array<Acc<T>>* weights : {static_cast<Array<Acc<T>>*>(nullptr), &packed}) {
+        for (const Array<Element<T>>* weights :
+             {static_cast<Array<Element<T>>*>(nullptr), &packed}) {
           Array<T> out(first.size());
           expect(kernels::conv_bn_act(problem.args(weights, out), pool(threads)) == Status::ok,
                  what);

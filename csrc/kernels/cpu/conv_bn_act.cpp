@@ -1,27 +1,32 @@
 // Convolution as an implicit matrix product over channels_last activations. The register tile is
-// kRows output pixels by one panel of output channels; for each kernel position, a row of the tile
-// is a pointer to the input pixel it reads. A 1x1 convolution of fp32 reads its input where it
-// lies. Any other first copies the image rows that a chunk of pixels needs, widened and with their
-// padding, into the cache.
+// some output pixels by one or two panels of output channels; for each kernel position, a row of
+// the tile is a pointer to the input pixel it reads, in the input itself wherever that can be
+// multiplied as it lies. Otherwise the image rows that a chunk of pixels needs are first copied,
+// widened and with their padding, into the cache.
 #include <cstdlib>
 
-#include "../math.h"
-#include "conv_panels.h"
+#include "conv_tile.h"
 
 FR_NAMESPACE_BEGIN
 
 namespace {
 
 // A chunk's input and output stay in the second-level cache while every panel passes over them.
-constexpr int64_t kChunkBytes = 256 << 10;
+constexpr int64_t kChunkBytes = 512 << 10;
 // Weights of up to this size are passed over for every tile, larger ones once a chunk.
 constexpr int64_t kCachedWeightBytes = 512 << 10;
 // Up to this much input and output, panels are packed on the way rather than beforehand.
 constexpr int64_t kPackInPassBytes = 1 << 20;
-// Steps of a tile between one round of prefetches and the next.
-constexpr int64_t kBlock = 16;
-// Products summed up in registers before they are added to the sum in memory.
-constexpr int64_t kSumSteps = 256;
+// Kernel positions of fewer steps are copied, so that a row of them is one run of memory.
+constexpr int64_t kShortDepth = 16;
+// Pixels that lie a multiple of this apart fall into one set of the first-level cache, which holds
+// fewer of them than a tile has rows.
+constexpr int64_t kSetBytes = 4096;
+
+// Where a tile's rows are read: in the input itself; in a copy of the image rows that a chunk
+// needs, with their padding; or, where a kernel is one pixel, in a copy of just the pixels it
+// reads.
+enum class Source { in_place, rows, pixels };
 
 template <class E>
 struct Buffer {
@@ -32,89 +37,25 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// Memory to prefetch while a tile is computed: so many bytes from `at` on for each kBlock steps of
-// it.
-struct Ahead {
-  const char* at;
-  int64_t bytes;
-};
-
-template <int kWrite>
-FR_VEC void prefetch(Ahead& ahead) {
-  for (int64_t line = 0; line < ahead.bytes; line += 64)
-    __builtin_prefetch(ahead.at + line, kWrite, 3);
-  ahead.at += ahead.bytes;
-}
-
-// acc[r][:] = sum over taps and depth of rows[tap][r][k] * panel[tap][k][:]. Sums are kept in
-// registers for kSumSteps products and then added up in acc: a shorter chain rounds less, and costs
-// 1% of the time.
-template <class A, int kVecs>
-__attribute__((noinline)) void tile(const A* const* rows, int64_t taps, int64_t offset,
-                                    int64_t depth, const A* panel, Ahead next_panel,
-                                    Ahead next_input, Ahead next_output, Ahead next_residual,
-                                    A* acc) {
-  Vec<A> sum[kRows][kVecs] = {};
-  bool first = true;
-  auto flush = [&] {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) {
-        A* to = acc + (r * kVecs + v) * kLanes<A>;
-        store(to, first ? sum[r][v] : load(to) + sum[r][v]);
-        sum[r][v] = Vec<A>{};
-      }
-    first = false;
-  };
-  int64_t room = kSumSteps;
-  for (int64_t tap = 0; tap < taps; ++tap, rows += kRows) {
-    const A* row[kRows];
-    for (int r = 0; r < kRows; ++r) row[r] = rows[r] + offset;
-    for (int64_t k = 0; k < depth;) {
-      const int64_t left = depth - k < room ? depth - k : room;
-      const int64_t end = k + (left < kBlock ? left : kBlock);
-      room -= end - k;
-      prefetch<0>(next_panel);
-      prefetch<0>(next_input);
-      prefetch<1>(next_output);
-      prefetch<0>(next_residual);
-      for (; k < end; ++k, panel += kVecs * kLanes<A>) {
-        Vec<A> w[kVecs];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) w[v] = load(panel + v * kLanes<A>);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const Vec<A> x = splat(row[r][k]);
-#pragma GCC unroll 2
-          for (int v = 0; v < kVecs; ++v) sum[r][v] += x * w[v];
-        }
-      }
-      if (room == 0) {
-        flush();
-        room = kSumSteps;
-      }
-    }
-  }
-  flush();
-}
-
 template <class T>
 struct Conv {
   using A = Acc<T>;
+  using E = Element<T>;
   const ConvBnActArgs& args;
   const ConvShape& s;
   const Panels panels;
-  const A* packed;    // null: pack in the pass
-  const bool copies;  // image rows are copied, widened and padded, before they are read
+  const E* packed;  // null: pack in the pass
+  const Source source;
   const bool merged;  // a kernel row is one run of memory, so one tap
+  const int tile_rows;
+  const int tile_panels;
 
   int64_t taps() const { return merged ? s.kernel[0] : panels.taps; }
-  int64_t depth() const { return merged ? s.kernel[1] * s.in_channels : panels.depth; }
+  int64_t depth() const { return merged ? s.kernel[1] * panels.depth : panels.depth; }
 
   // Rows are counted through all images, with their padding where they are copied.
   int64_t image_rows() const { return s.height + 2 * s.padding[0]; }
-  int64_t row_pixels() const { return s.width + 2 * s.padding[1]; }
+  int64_t row_elements() const { return (s.width + 2 * s.padding[1]) * panels.channels; }
   int64_t row_of(int64_t pixel) const {
     const int64_t line = pixel / s.out_width;
     return line / s.out_height * image_rows() + line % s.out_height * s.stride[0];
@@ -123,40 +64,59 @@ struct Conv {
     return row_of(end - 1) + (s.kernel[0] - 1) * s.dilation[0] + 1 - row_of(begin);
   }
 
-  void widen(const T* from, int64_t n, A* to) const {
-    int64_t i = 0;
-    for (; i + kLanes<A> <= n; i += kLanes<A>) store(to + i, load(from + i));
-    if (i < n) store(to + i, load(from + i, n - i), n - i);
-  }
-
-  void copy_rows(int64_t first, int64_t count, A* to) const {
-    const int64_t side = s.padding[1] * s.in_channels, width = s.width * s.in_channels;
-    for (int64_t row = first; row < first + count; ++row) {
-      const int64_t image = row / image_rows(), h = row % image_rows() - s.padding[0];
-      const bool inside = h >= 0 && h < s.height;
-      for (int64_t i = 0; i < side; ++i) to[i] = to[side + width + i] = 0;
-      if (inside)
-        widen(static_cast<const T*>(args.x) + (image * s.height + h) * width, width, to + side);
-      else
-        for (int64_t i = 0; i < width; ++i) to[side + i] = 0;
-      to += width + 2 * side;
+  void widen(const T* from, int64_t n, E* to) const {
+    if constexpr (sizeof(T) == sizeof(E)) {
+      __builtin_memcpy(to, from, n * sizeof(T));
+    } else {
+      int64_t i = 0;
+      for (; i + kLanes<A> <= n; i += kLanes<A>) store(to + i, load(from + i));
+      if (i < n) store(to + i, load(from + i, n - i), n - i);
     }
   }
 
-  // Row pointers of one chunk, [tile][tap][row], into `input`, which begins at image row `from`;
-  // the rows of the last tile that lie beyond the chunk repeat its last pixel and are not stored.
-  void point(int64_t begin, int64_t end, const A* input, int64_t from, const A** rows) const {
+  void copy_pixel(const T* from, E* to) const {
+    if constexpr (sizeof(T) == sizeof(E))
+      for (int64_t c = 0; c < s.in_channels; ++c) to[c] = from[c];
+    else
+      widen(from, s.in_channels, to);
+    for (int64_t c = s.in_channels; c < panels.channels; ++c) to[c] = E{};
+  }
+
+  void copy_rows(int64_t first, int64_t count, E* to) const {
+    const int64_t side = s.padding[1] * panels.channels, width = s.width * s.in_channels;
+    const int64_t inside = s.width * panels.channels;
+    for (int64_t row = first; row < first + count; ++row, to += row_elements()) {
+      const int64_t image = row / image_rows(), h = row % image_rows() - s.padding[0];
+      const T* from = static_cast<const T*>(args.x) + (image * s.height + h) * width;
+      if (h < 0 || h >= s.height) {
+        __builtin_memset(to, 0, row_elements() * sizeof(E));
+        continue;
+      }
+      __builtin_memset(to, 0, side * sizeof(E));
+      __builtin_memset(to + side + inside, 0, side * sizeof(E));
+      if (panels.channels == s.in_channels) {
+        widen(from, width, to + side);
+        continue;
+      }
+      for (int64_t w = 0; w < s.width; ++w)
+        copy_pixel(from + w * s.in_channels, to + side + w * panels.channels);
+    }
+  }
+
+  // Row pointers of one chunk, [tile][row][tap], into a copy that begins at image row `from`; the
+  // rows of the last tile that lie beyond the chunk repeat its last pixel and are not stored.
+  void point(int64_t begin, int64_t end, const E* copy, int64_t from, const E** rows) const {
     // Counted on from pixel to pixel: dividing for each would cost a third of a small tile's time.
     int64_t w = begin % s.out_width, h = begin / s.out_width % s.out_height;
     int64_t row = row_of(begin) - from;
-    for (int64_t first = begin; first < end; first += kRows, rows += taps() * kRows)
-      for (int r = 0; r < kRows; ++r) {
-        const A* at = input + (row * row_pixels() + w * s.stride[1]) * s.in_channels;
+    for (int64_t first = begin; first < end; first += tile_rows)
+      for (int r = 0; r < tile_rows; ++r, rows += taps()) {
+        const E* at = copy + row * row_elements() + w * s.stride[1] * panels.channels;
         for (int64_t tap = 0; tap < taps(); ++tap) {
           const int64_t kh = merged ? tap : tap / s.kernel[1];
           const int64_t kw = merged ? 0 : tap % s.kernel[1];
-          rows[tap * kRows + r] =
-              at + (kh * s.dilation[0] * row_pixels() + kw * s.dilation[1]) * s.in_channels;
+          rows[tap] =
+              at + kh * s.dilation[0] * row_elements() + kw * s.dilation[1] * panels.channels;
         }
         if (first + r + 1 >= end || ++w < s.out_width) continue;
         w = 0;
@@ -167,127 +127,209 @@ struct Conv {
       }
   }
 
-  // act(acc * scale + shift + residual) for `count` pixels from `pixel` on, one panel wide.
-  void finish(const A* acc, int64_t pixel, int64_t count, int64_t panel) const {
-    const A* scale = static_cast<const A*>(args.scale);
-    const A* shift = static_cast<const A*>(args.shift);
-    for (int64_t v = 0; v < panels.vecs; ++v) {
-      const int64_t c = panel * panels.width + v * kLanes<A>;
-      const int64_t columns = s.out_channels - c;
-      if (columns <= 0) break;
-      const bool whole = columns >= kLanes<A>;
-      auto get = [&](const auto* p) { return whole ? load(p) : load(p, columns); };
-      const Vec<A> a = scale ? get(scale + c) : splat(A(1));
-      const Vec<A> b = shift ? get(shift + c) : Vec<A>{};
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t at = (pixel + r) * s.out_channels + c;
-        Vec<A> y = load(acc + (r * panels.vecs + v) * kLanes<A>);
-        y = math::scale_shift(y, a, b);
-        if (args.residual) y += get(static_cast<const T*>(args.residual) + at);
-        y = math::activate(y, args.act);
-        T* out = static_cast<T*>(args.out) + at;
-        if (whole)
-          store(out, y);
-        else
-          store(out, y, columns);
+  // The same into the input, where padding is `zeros`; `reach` is [tile][tap].
+  void point_in_place(int64_t begin, int64_t end, const E* zeros, const E** rows,
+                      Reach* reach) const {
+    const E* x = static_cast<const E*>(args.x);
+    int64_t w = begin % s.out_width, h = begin / s.out_width % s.out_height;
+    int64_t image = begin / s.out_width / s.out_height;
+    const int64_t reach_h = (s.kernel[0] - 1) * s.dilation[0];
+    const int64_t reach_w = (s.kernel[1] - 1) * s.dilation[1];
+    for (int64_t first = begin; first < end; first += tile_rows, reach += panels.taps) {
+      bool padded = false;
+      const E** const of_tile = rows;
+      for (int r = 0; r < tile_rows; ++r, rows += panels.taps) {
+        const int64_t top = h * s.stride[0] - s.padding[0], left = w * s.stride[1] - s.padding[1];
+        const int64_t at = (image * s.height + top) * s.width + left;
+        const bool inside =
+            top >= 0 && top + reach_h < s.height && left >= 0 && left + reach_w < s.width;
+        padded |= !inside;
+        const E** to = rows;
+        for (int64_t i = 0; i <= reach_h; i += s.dilation[0])
+          for (int64_t j = 0; j <= reach_w; j += s.dilation[1])
+            *to++ = inside || (top + i >= 0 && top + i < s.height && left + j >= 0 &&
+                               left + j < s.width)
+                        ? x + (at + i * s.width + j) * s.in_channels
+                        : zeros;
+        if (first + r + 1 >= end || ++w < s.out_width) continue;
+        w = 0;
+        if (++h < s.out_height) continue;
+        h = 0;
+        ++image;
+      }
+      for (int64_t tap = 0; tap < panels.taps; ++tap) {
+        int outside = 0;
+        if (padded)
+          for (int r = 0; r < tile_rows; ++r) outside += of_tile[r * panels.taps + tap] == zeros;
+        const E* const last = of_tile[(tile_rows - 1) * panels.taps + tap];
+        reach[tap] = outside == tile_rows                    ? kNone
+                     : outside == 1 && of_tile[tap] == zeros ? kNotFirst
+                     : outside == 1 && last == zeros         ? kNotLast
+                                                             : kAll;
       }
     }
   }
 
+  // From one pixel to the next in a copy of pixels: not a multiple of kSetBytes.
+  int64_t pitch() const { return panels.channels + 64 / static_cast<int64_t>(sizeof(E)); }
+
+  void copy_pixels(int64_t begin, int64_t end, E* to, const E** rows) const {
+    int64_t w = begin % s.out_width, h = begin / s.out_width % s.out_height;
+    int64_t image = begin / s.out_width / s.out_height;
+    for (int64_t pixel = begin; pixel < end; ++pixel, to += pitch()) {
+      const int64_t row = image * s.height + h * s.stride[0];
+      copy_pixel(static_cast<const T*>(args.x) + (row * s.width + w * s.stride[1]) * s.in_channels,
+                 to);
+      *rows++ = to;
+      if (++w < s.out_width) continue;
+      w = 0;
+      if (++h < s.out_height) continue;
+      h = 0;
+      ++image;
+    }
+    for (int64_t pixel = end; (pixel - begin) % tile_rows; ++pixel) *rows++ = to - pitch();
+  }
+
   // One chunk of pixels by a range of panels.
   Status chunk(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) const {
-    const int64_t tiles = (end - begin + kRows - 1) / kRows, steps = taps() * depth();
-    const int64_t from = row_of(begin), count = rows_for(begin, end);
-    Buffer<const A*> rows(tiles * taps() * kRows);
-    Buffer<A> copy(copies ? count * row_pixels() * s.in_channels : 0);
-    Buffer<A> panel(packed ? 0 : panels.elements());
-    if (!rows.data || !copy.data || !panel.data) return Status::out_of_memory;
-    if (copies) {
-      copy_rows(from, count, copy.data);
-      point(begin, end, copy.data, from, rows.data);
+    const int64_t tiles = (end - begin + tile_rows - 1) / tile_rows;
+    const int64_t from = row_of(begin);
+    const int64_t copied = source == Source::rows     ? rows_for(begin, end) * row_elements()
+                           : source == Source::pixels ? (end - begin) * pitch()
+                                                      : panels.channels;
+    Buffer<const E*> rows(tiles * taps() * tile_rows);
+    Buffer<Reach> reach(tiles * taps());
+    Buffer<E> copy(copied);
+    Buffer<E> own(packed ? 0 : tile_panels * panels.elements());
+    if (!rows.data || !reach.data || !copy.data || !own.data) return Status::out_of_memory;
+    if (source == Source::in_place) {
+      __builtin_memset(copy.data, 0, copied * sizeof(E));
+      point_in_place(begin, end, copy.data, rows.data, reach.data);
     } else {
-      point(begin, end, static_cast<const A*>(args.x), 0, rows.data);
+      __builtin_memset(reach.data, kAll, tiles * taps() * sizeof(Reach));
+      if (source == Source::pixels) {
+        copy_pixels(begin, end, copy.data, rows.data);
+      } else {
+        copy_rows(from, rows_for(begin, end), copy.data);
+        point(begin, end, copy.data, from, rows.data);
+      }
     }
-    A acc[kRows * kMaxVecs * kLanes<A>];
-    const int64_t weight_bytes = (panel_end - panel_begin) * panels.elements() * sizeof(A);
+    const int64_t weight_bytes = (panel_end - panel_begin) * panels.elements() * sizeof(E);
     // Weights that stay in the cache are passed over for every tile, which then writes whole
     // pixels.
     const bool whole_pixels =
         packed && weight_bytes <= kCachedWeightBytes && panel_end - panel_begin == panels.count;
     const int64_t blocks = taps() * ((depth() + kBlock - 1) / kBlock);
-    const int64_t panel_bytes = panels.elements() * sizeof(A) / (tiles * blocks);
-    const int64_t tile_bytes = kRows * s.out_channels * sizeof(T);
-    const int64_t output_bytes = whole_pixels ? tile_bytes / (blocks * panels.count) : 0;
-    auto one = [&](int64_t p, int64_t t) {
-      const A* weights = packed ? packed + p * panels.elements() : panel.data;
-      const A* const* tile_rows = rows.data + t * taps() * kRows;
+    const int64_t panel_bytes = tile_panels * panels.elements() * sizeof(E) / (tiles * blocks);
+    const int64_t tile_bytes = tile_rows * s.out_channels * sizeof(T);
+    const int64_t output_bytes =
+        whole_pixels ? tile_panels * tile_bytes / (blocks * panels.count) : 0;
+    const bool padded = source == Source::in_place && (s.padding[0] > 0 || s.padding[1] > 0);
+    TileArgs<T> a{};
+    a.taps = taps();
+    a.depth = depth();
+    a.pixel = s.out_channels;
+    a.act = args.act;
+    auto one = [&](int64_t p, int64_t t) FR_LAMBDA {
+      const E* weights = packed ? packed + p * panels.elements() : own.data;
+      const int64_t first = begin + t * tile_rows, c = p * panels.width;
+      const int64_t at = first * s.out_channels + c;
+      a.rows = rows.data + t * a.taps * tile_rows;
+      a.reach = reach.data + t * a.taps;
+      if (s.groups > 1) a.offset = first_channel(panels, s, p);
+      a.panel[0] = weights;
+      a.panel[1] = weights + panels.elements();
+      if (args.scale) a.scale = static_cast<const A*>(args.scale) + c;
+      if (args.shift) a.shift = static_cast<const A*>(args.shift) + c;
+      if (args.residual) a.residual = static_cast<const T*>(args.residual) + at;
+      a.out = static_cast<T*>(args.out) + at;
+      a.count = end - first < tile_rows ? end - first : tile_rows;
+      a.columns = s.out_channels - c;
       // The processor does not see these coming. The first panel brings in the input, where it was
       // not copied; later ones find it in the cache.
-      Ahead next_panel{}, next_input{}, next_output{}, next_residual{};
-      if (packed && p + 1 < panel_end)
-        next_panel = {
-            reinterpret_cast<const char*>(weights + panels.elements()) + t * blocks * panel_bytes,
-            panel_bytes};
-      if (!copies && p == panel_begin && t + 1 < tiles)
-        next_input = {reinterpret_cast<const char*>(tile_rows[kRows]),
-                      kRows * kBlock * static_cast<int64_t>(sizeof(A))};
-      if (output_bytes && t + 1 < tiles) {
-        const int64_t at =
-            (begin + (t + 1) * kRows) * s.out_channels * sizeof(T) + p * blocks * output_bytes;
-        next_output = {static_cast<const char*>(args.out) + at, output_bytes};
-        if (args.residual)
-          next_residual = {static_cast<const char*>(args.residual) + at, output_bytes};
-      }
-      const int64_t offset = merged ? 0 : first_channel(panels, s, p);
-      if (panels.vecs == 1)
-        tile<A, 1>(tile_rows, taps(), offset, depth(), weights, next_panel, next_input, next_output,
-                   next_residual, acc);
+      const bool last = t + 1 == tiles;
+      if (packed && !whole_pixels && p + tile_panels < panel_end)
+        a.next_panel = {reinterpret_cast<const char*>(weights + tile_panels * panels.elements()) +
+                            t * blocks * panel_bytes,
+                        panel_bytes};
       else
-        tile<A, kMaxVecs>(tile_rows, taps(), offset, depth(), weights, next_panel, next_input,
-                          next_output, next_residual, acc);
-      const int64_t first = begin + t * kRows;
-      finish(acc, first, end - first < kRows ? end - first : kRows, p);
+        a.next_panel.bytes = 0;
+      if (source == Source::in_place && panels.taps == 1 && p == panel_begin && !last)
+        a.next_input = {reinterpret_cast<const char*>(a.rows[tile_rows]),
+                        tile_rows * kBlock * kPer<T> * static_cast<int64_t>(sizeof(E))};
+      else
+        a.next_input.bytes = 0;
+      if (output_bytes) {
+        const int64_t next = (first + tile_rows) * a.pixel * static_cast<int64_t>(sizeof(T)) +
+                             (tile_panels == 2 ? p >> 1 : p) * blocks * output_bytes;
+        a.next_output = {static_cast<const char*>(args.out) + next, last ? 0 : output_bytes};
+        if (args.residual)
+          a.next_residual = {static_cast<const char*>(args.residual) + next,
+                             last ? 0 : output_bytes};
+      }
+      if (tile_panels == 2)
+        p + 1 < panel_end ? tile<T, kWideRows, 2 * kMaxVecs, true>(a)
+                          : tile<T, kWideRows, kMaxVecs, true>(a);
+      else if (panels.vecs == 1)
+        tile<T, kRows, 1, true>(a);
+      else if (padded)
+        tile<T, kRows, kMaxVecs, true>(a);
+      else
+        tile<T, kRows, kMaxVecs, false>(a);
     };
     if (whole_pixels) {
       for (int64_t t = 0; t < tiles; ++t)
-        for (int64_t p = panel_begin; p < panel_end; ++p) one(p, t);
+        for (int64_t p = panel_begin; p < panel_end; p += tile_panels) one(p, t);
       return Status::ok;
     }
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
+    for (int64_t p = panel_begin; p < panel_end; p += tile_panels) {
       if (!packed)
-        pack_panel(panels, s, static_cast<const T*>(args.weight), args.weight_stride, p,
-                   panel.data);
+        for (int64_t i = 0; i < tile_panels && p + i < panel_end; ++i)
+          pack_panel(panels, s, static_cast<const T*>(args.weight), args.weight_stride, p + i,
+                     own.data + i * panels.elements());
       for (int64_t t = 0; t < tiles; ++t) one(p, t);
     }
     return Status::ok;
   }
 };
 
+// Whether tiles of half the rows and twice the panels suit an image better: a line of it is an odd
+// number of those, which leaves padding at the ends of tiles, or they waste fewer rows at the end.
+FR_VEC bool wide_tiles(const ConvShape& s, const Panels& panels, int64_t pixels) {
+  if (s.groups > 1 || panels.count < 2) return false;
+  if (panels.taps > 1 && s.out_width % (2 * kWideRows) == kWideRows) return true;
+  const int64_t wasted = (pixels + kRows - 1) / kRows * kRows - pixels;
+  return wasted >= kWideRows && wasted * 10 > pixels;
+}
+
 template <class T>
 Status conv(const ConvBnActArgs& args, const Pool& pool) {
-  using A = Acc<T>;
+  using E = Element<T>;
   const ConvShape& s = args.shape;
-  const Panels panels = panels_of<A>(s);
+  const Panels panels = panels_of<T>(s);
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   if (pixels == 0 || s.out_channels == 0) return Status::ok;
 
+  const bool wide = wide_tiles(s, panels, pixels);
+  const int64_t tile_rows = wide ? kWideRows : kRows, tile_panels = wide ? 2 : 1;
   const int64_t pixel_bytes =
-      sizeof(A) * (s.in_channels * s.stride[0] * s.stride[1] + s.out_channels);
-  const int64_t weight_bytes = panels.count * panels.elements() * sizeof(A);
-  const int64_t tiles = (pixels + kRows - 1) / kRows;
+      sizeof(E) * (s.in_channels * s.stride[0] * s.stride[1] + s.out_channels);
+  const int64_t weight_bytes = panels.count * panels.elements() * sizeof(E);
+  const int64_t tiles = (pixels + tile_rows - 1) / tile_rows;
+  const int64_t columns = (panels.count + tile_panels - 1) / tile_panels;
   const bool pack_in_pass = !args.packed && pixels * pixel_bytes <= kPackInPassBytes;
   // The threads share out the pixels, or the panels where those are the more bytes to pass around.
   int64_t chunks = pack_in_pass ? 1 : (pixels * pixel_bytes + kChunkBytes - 1) / kChunkBytes;
   int64_t splits = 1;
   if (pack_in_pass || weight_bytes > pixels * pixel_bytes || tiles < 2 * pool.threads)
-    splits = panels.count < pool.threads ? panels.count : pool.threads;
+    splits = columns < pool.threads ? columns : pool.threads;
   else
     chunks = (chunks + pool.threads - 1) / pool.threads * pool.threads;
   if (chunks > tiles) chunks = tiles;
 
-  Buffer<A> own(args.packed || pack_in_pass ? 0 : panels.count * panels.elements());
+  Buffer<E> own(args.packed || pack_in_pass ? 0 : panels.count * panels.elements());
   if (!own.data) return Status::out_of_memory;
-  const A* packed = static_cast<const A*>(args.packed);
+  const E* packed = static_cast<const E*>(args.packed);
   if (!packed && !pack_in_pass) {
     ConvPackArgs pack{args.dtype, s, args.weight, {}, own.data};
     for (int d = 0; d < 4; ++d) pack.weight_stride[d] = args.weight_stride[d];
@@ -295,17 +337,32 @@ Status conv(const ConvBnActArgs& args, const Pool& pool) {
     packed = own.data;
   }
 
-  const bool copies = sizeof(T) != sizeof(A) || panels.taps > 1 || s.padding[0] || s.padding[1];
-  const bool merged = panels.depth == s.in_channels && s.dilation[1] == 1;
-  const Conv<T> work{args, s, panels, packed, copies, merged};
+  const bool as_it_lies = sizeof(T) == sizeof(E) && panels.channels == s.in_channels;
+  const bool whole_depth = panels.depth * panels.per == panels.channels && s.dilation[1] == 1;
+  Source source = as_it_lies ? Source::in_place : Source::rows;
+  if (panels.taps > 1) {
+    if (whole_depth && panels.depth < kShortDepth) source = Source::rows;
+  } else if (!s.padding[0] && !s.padding[1]) {
+    const bool one_set = s.in_channels * s.stride[1] * sizeof(E) % kSetBytes == 0;
+    if (!as_it_lies || one_set) source = Source::pixels;
+  }
+  const Conv<T> work{args,
+                     s,
+                     panels,
+                     packed,
+                     source,
+                     source == Source::rows && whole_depth,
+                     static_cast<int>(tile_rows),
+                     static_cast<int>(tile_panels)};
   int failed = 0;
   parallel(pool, chunks * splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
       const int64_t split = job / chunks, chunk = job % chunks;
-      const int64_t first = tiles * chunk / chunks * kRows;
-      const int64_t last = tiles * (chunk + 1) / chunks * kRows;
-      if (work.chunk(first, last < pixels ? last : pixels, panels.count * split / splits,
-                     panels.count * (split + 1) / splits) != Status::ok)
+      const int64_t first = tiles * chunk / chunks * tile_rows;
+      const int64_t last = tiles * (chunk + 1) / chunks * tile_rows;
+      const int64_t panel_end = columns * (split + 1) / splits * tile_panels;
+      if (work.chunk(first, last < pixels ? last : pixels, columns * split / splits * tile_panels,
+                     panel_end < panels.count ? panel_end : panels.count) != Status::ok)
         __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
     }
   });

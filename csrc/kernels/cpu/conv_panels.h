@@ -2,50 +2,130 @@
 // stored [tap][depth][width], so that the innermost loop reads it straight through. Grouped
 // convolutions are packed block-diagonally: a panel spans as many groups as its outputs belong to,
 // reads all of their input channels, and holds zeros where output and input are of different
-// groups.
+// groups. Where the processor multiplies bf16 in pairs, a step of depth is a pair of input channels
+// and the panel is stored [tap][depth][width][2].
 #pragma once
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "vec.h"
 
 FR_NAMESPACE_BEGIN
 
-// The register tile: rows of pixels by vectors of channels; the accumulators plus one row of
-// weights plus one broadcast fill the register file.
+// The register tile: rows of pixels by vectors of channels, a panel wide; the accumulators plus one
+// row of weights plus one broadcast fill the register file. A wide tile has kWideRows rows and two
+// panels.
 #if defined(__AVX512F__)
 constexpr int kRows = 14;
 constexpr int kMaxVecs = 2;
+constexpr int kWideRows = 7;
 #elif defined(__AVX2__)
 constexpr int kRows = 6;
 constexpr int kMaxVecs = 1;
+constexpr int kWideRows = 3;
 #else
 constexpr int kRows = 3;
 constexpr int kMaxVecs = 1;
+constexpr int kWideRows = 1;
 #endif
+
+// What a convolution of T multiplies, as it lies in packed weights and in copied input: T itself
+// where the processor can multiply that, else what T is computed in.
+template <class T>
+struct ElementOf {
+  using type = Acc<T>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ElementOf<bf16> {
+  using type = bf16;
+};
+#endif
+template <class T>
+using Element = typename ElementOf<T>::type;
+
+// Elements multiplied into one lane of an accumulator in one step, and in all of a vector.
+template <class T>
+constexpr int kPer = sizeof(Acc<T>) / sizeof(Element<T>);
+template <class T>
+constexpr int kVecElements = kLanes<Acc<T>> * kPer<T>;
+
+// One step's weights, one step's input in every lane, and their product. A vector of pairs is held
+// as the bits of a vector of accumulators.
+template <class T>
+FR_VEC Vec<Acc<T>> load_step(const Element<T>* p) {
+  Vec<Acc<T>> v;
+  __builtin_memcpy(&v, p, 64);
+  return v;
+}
+
+template <class T>
+FR_VEC Vec<Acc<T>> splat_step(const Element<T>* p) {
+  if constexpr (kPer<T> == 1) {
+    return splat(*p);
+  } else {
+    uint32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return (VecF)(pair - VecU32{});
+  }
+}
+
+template <class T>
+FR_VEC void multiply_add(Vec<Acc<T>>& sum, Vec<Acc<T>> x, Vec<Acc<T>> w) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPer<T> == 2) {
+    sum = (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+    return;
+  }
+#endif
+  sum += x * w;
+}
+
+// Stores what a convolution has computed. The processor's own conversion takes a tenth of the
+// instructions; like its multiplication, it knows no denormal numbers.
+template <class T>
+FR_VEC void store_result(T* p, Vec<Acc<T>> v) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPer<T> == 2) {
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &half, 32);
+    return;
+  }
+#endif
+  store(p, v);
+}
 
 struct Panels {
   int64_t vecs;   // vectors a panel is wide
   int64_t width;  // output channels of a panel; the last one is filled up with zeros
   int64_t count;
-  int64_t depth;  // input channels a panel reads
-  int64_t taps;   // kernel positions
+  int64_t channels;  // input channels there are, filled up to whole steps
+  int64_t depth;     // steps a panel reads at each tap
+  int64_t taps;      // kernel positions
+  int64_t per;       // input channels of a step
 
-  int64_t elements() const { return taps * depth * width; }  // of one panel
+  int64_t elements() const { return taps * depth * width * per; }  // of one panel
 };
 
-template <class A>
+template <class T>
 FR_VEC Panels panels_of(const ConvShape& s) {
   const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
+  constexpr int64_t lanes = kLanes<Acc<T>>, per = kPer<T>;
   Panels p;
   // Narrow groups waste work in proportion to the panel's width.
-  p.vecs = s.groups > 1 && group_out < kMaxVecs * kLanes<A> ? 1 : kMaxVecs;
-  p.width = p.vecs * kLanes<A>;
+  p.vecs = s.groups > 1 && group_out < kMaxVecs * lanes ? 1 : kMaxVecs;
+  p.width = p.vecs * lanes;
   p.count = (s.out_channels + p.width - 1) / p.width;
   p.taps = s.kernel[0] * s.kernel[1];
+  p.per = per;
+  p.channels = (s.in_channels + per - 1) / per * per;
   p.depth = 0;
   for (int64_t k = 0; k < s.out_channels; k += p.width) {
     const int64_t last = (k + p.width < s.out_channels ? k + p.width : s.out_channels) - 1;
     const int64_t spanned = (last / group_out - k / group_out + 1) * group_in;
-    if (spanned > p.depth) p.depth = spanned;
+    if ((spanned + per - 1) / per > p.depth) p.depth = (spanned + per - 1) / per;
   }
   return p;
 }
@@ -53,8 +133,8 @@ FR_VEC Panels panels_of(const ConvShape& s) {
 // First input channel panel `index` reads.
 FR_VEC int64_t first_channel(const Panels& p, const ConvShape& s, int64_t index) {
   const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
-  const int64_t wanted = index * p.width / group_out * group_in;
-  return wanted + p.depth <= s.in_channels ? wanted : s.in_channels - p.depth;
+  const int64_t wanted = index * p.width / group_out * group_in, reads = p.depth * p.per;
+  return wanted + reads <= p.channels ? wanted : p.channels - reads;
 }
 
 // rows[i][j] <-> rows[j][i] for one square of vectors.
@@ -81,22 +161,26 @@ FR_VEC void transpose(VecF* rows) {
 #undef FR_STAGE
 }
 
-// One panel of a dense, ungrouped weight: each output channel is one run of depth * taps elements,
-// in either order, so that squares of 16 outputs by 16 elements can be transposed in registers.
+// One panel of a dense, ungrouped weight: each output channel is one run of channels * taps
+// elements, in either order, so that squares of 16 outputs by 16 elements can be transposed in
+// registers.
 template <class T>
-FR_VEC void pack_dense(const Panels& p, const T* weight, int64_t run, bool taps_inner,
-                       int64_t columns, float* to) {
-  // Row of the panel that element j of a run goes to; divisions would cost more than the
-  // transposition.
+FR_VEC void pack_dense(const Panels& p, const T* weight, int64_t channels, bool taps_inner,
+                       int64_t columns, Element<T>* to) {
+  const int64_t run = channels * p.taps;
+  // Tap and channel of element j of a run; divisions would cost more than the transposition.
   int64_t tap = 0, channel = 0;
-  int64_t row[16];
+  int64_t row[16], part[16];
   for (int64_t j = 0; j < run; j += 16) {
     const int64_t n = run - j < 16 ? run - j : 16;
     for (int64_t i = 0; i < n; ++i) {
-      row[i] = taps_inner ? tap * p.depth + channel : j + i;
-      if (++tap == p.taps) {
-        tap = 0;
-        ++channel;
+      row[i] = tap * p.depth + channel / kPer<T>;
+      part[i] = channel % kPer<T>;
+      int64_t& inner = taps_inner ? tap : channel;
+      int64_t& outer = taps_inner ? channel : tap;
+      if (++inner == (taps_inner ? p.taps : channels)) {
+        inner = 0;
+        ++outer;
       }
     }
     for (int64_t k = 0; k < p.width; k += 16) {
@@ -106,37 +190,65 @@ FR_VEC void pack_dense(const Panels& p, const T* weight, int64_t run, bool taps_
         square[i] = n == 16 ? load(from) : load(from, n);
       }
       transpose(square);
-      for (int64_t i = 0; i < n; ++i) store(to + row[i] * p.width + k, square[i]);
+      for (int64_t i = 0; i < n; ++i) {
+        Element<T>* at = to + (row[i] * p.width + k) * kPer<T>;
+        if constexpr (kPer<T> == 1) {
+          store(at, square[i]);
+        } else {
+          // A channel of even number is stored beside zeros, and one of odd number, later, there.
+          VecU32 bits = (VecU32)square[i], pair = bits >> 16;
+          if (part[i] == 1) {
+            __builtin_memcpy(&pair, at, 64);
+            pair |= bits & 0xffff0000u;
+          }
+          __builtin_memcpy(at, &pair, 64);
+        }
+      }
     }
   }
 }
 
+// The element a value of T is multiplied as.
+template <class T>
+FR_VEC Element<T> element(const T* from) {
+  if constexpr (kPer<T> == 1)
+    return load_one(from);
+  else
+    return *from;
+}
+
 template <class T>
 FR_VEC void pack_panel(const Panels& p, const ConvShape& s, const T* weight, const int64_t* stride,
-                       int64_t index, Acc<T>* to) {
+                       int64_t index, Element<T>* to) {
   const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
   const int64_t first = first_channel(p, s, index);
   const int64_t begin = index * p.width;
   const int64_t columns = s.out_channels - begin < p.width ? s.out_channels - begin : p.width;
   if constexpr (sizeof(Acc<T>) == 4) {
-    const int64_t run = p.depth * p.taps;
+    const int64_t run = s.in_channels * p.taps;
     const bool taps_inner =
         stride[1] == p.taps && stride[2] == s.kernel[1] && stride[3] == 1;  // contiguous
-    const bool taps_outer = stride[1] == 1 && stride[2] == s.kernel[1] * p.depth &&
-                            stride[3] == p.depth;  // channels_last
+    const bool taps_outer = stride[1] == 1 && stride[2] == s.kernel[1] * s.in_channels &&
+                            stride[3] == s.in_channels;  // channels_last
     if (s.groups == 1 && stride[0] == run && (taps_inner || taps_outer)) {
-      pack_dense(p, weight + begin * run, run, taps_inner, columns, to);
+      // Pairs that lie side by side already move like floats.
+      if (kPer<T> == 2 && taps_outer && s.in_channels % 2 == 0)
+        pack_dense(p, reinterpret_cast<const float*>(weight + begin * run), s.in_channels / 2,
+                   false, columns, reinterpret_cast<float*>(to));
+      else
+        pack_dense(p, weight + begin * run, s.in_channels, taps_inner, columns, to);
       return;
     }
   }
-  for (int64_t c = 0; c < p.depth; ++c)
+  for (int64_t c = 0; c < p.depth * p.per; ++c)
     for (int64_t tap = 0; tap < p.taps; ++tap) {
-      Acc<T>* row = to + (tap * p.depth + c) * p.width;
+      Element<T>* row = to + (tap * p.depth + c / p.per) * p.width * p.per + c % p.per;
       const T* from = weight + tap / s.kernel[1] * stride[2] + tap % s.kernel[1] * stride[3];
       for (int64_t k = 0; k < p.width; ++k) {
         const int64_t in = first + c - (begin + k) / group_out * group_in;
         const bool own = k < columns && in >= 0 && in < group_in;
-        row[k] = own ? load_one(from + (begin + k) * stride[0] + in * stride[1]) : Acc<T>(0);
+        row[k * p.per] =
+            own ? element(from + (begin + k) * stride[0] + in * stride[1]) : Element<T>{};
       }
     }
 }

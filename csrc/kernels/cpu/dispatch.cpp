@@ -10,18 +10,20 @@ namespace fused_resnet::cpu {
   namespace name {                                               \
   FUSED_RESNET_LAUNCHERS(const Pool&)                            \
   int64_t conv_packed_size(DType dtype, const ConvShape& shape); \
+  DType conv_packed_dtype(DType dtype);                          \
   }
 
 DECLARE_ISA(generic)
 #if defined(FUSED_RESNET_HAVE_X86)
 DECLARE_ISA(avx2)
 DECLARE_ISA(avx512)
+DECLARE_ISA(avx512bf16)
 #endif
 
 namespace {
 
-enum class Isa { generic, avx2, avx512 };
-constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+enum class Isa { generic, avx2, avx512, avx512bf16 };
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
 
 Isa choose() {
   Isa best = Isa::generic;
@@ -32,6 +34,7 @@ Isa choose() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     best = Isa::avx512;
+  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::avx512bf16;
 #endif
   // A wish above what the processor has is not granted: it would crash.
   if (const char* wish = std::getenv("FUSED_RESNET_ISA"))
@@ -50,38 +53,46 @@ Isa active() {
 const char* isa() { return kNames[static_cast<int>(active())]; }
 
 #if defined(FUSED_RESNET_HAVE_X86)
-#define CALL(...)                  \
-  switch (active()) {              \
-    case Isa::avx512:              \
-      return avx512::__VA_ARGS__;  \
-    case Isa::avx2:                \
-      return avx2::__VA_ARGS__;    \
-    default:                       \
-      return generic::__VA_ARGS__; \
+#define CALL(...)                     \
+  switch (active()) {                 \
+    case Isa::avx512bf16:             \
+      return avx512bf16::__VA_ARGS__; \
+    case Isa::avx512:                 \
+      return avx512::__VA_ARGS__;     \
+    case Isa::avx2:                   \
+      return avx2::__VA_ARGS__;       \
+    default:                          \
+      return generic::__VA_ARGS__;    \
   }
 #else
 #define CALL(...) return generic::__VA_ARGS__;
 #endif
 
-Status eltwise_act(const EltwiseActArgs& a, const Pool& p){CALL(eltwise_act(a, p))} Status
-    bn_act(const BnActArgs& a, const Pool& p){CALL(bn_act(a, p))} Status
-    bn_act_maxpool(const BnActMaxpoolArgs& a, const Pool& p){CALL(bn_act_maxpool(a, p))} Status
-    bn_scale_shift(const BnScaleShiftArgs& a, const Pool& p){CALL(bn_scale_shift(a, p))} Status
-    conv_bn_act(const ConvBnActArgs& a, const Pool& p){CALL(conv_bn_act(a, p))} Status
-    conv_pack(const ConvPackArgs& a, const Pool& p){CALL(conv_pack(a, p))} int64_t
-    conv_packed_size(DType d, const ConvShape& s){CALL(conv_packed_size(d, s))}
-
 #define FORWARD(op, Args) \
   Status op(const Args& args, const Pool& pool) { CALL(op(args, pool)) }
 
-FORWARD(bn_stats, BnStatsArgs) FORWARD(bn_finalize, BnFinalizeArgs)
-    FORWARD(bn_act_backward_reduce, BnActBackwardReduceArgs)
-        FORWARD(bn_act_backward, BnActBackwardArgs)
+// clang-format off
+FORWARD(eltwise_act, EltwiseActArgs)
+FORWARD(eltwise_act_backward, EltwiseActBackwardArgs)
+FORWARD(bn_scale_shift, BnScaleShiftArgs)
+FORWARD(bn_stats, BnStatsArgs)
+FORWARD(bn_finalize, BnFinalizeArgs)
+FORWARD(bn_act, BnActArgs)
+FORWARD(bn_act_backward_reduce, BnActBackwardReduceArgs)
+FORWARD(bn_act_backward, BnActBackwardArgs)
 FORWARD(bn_act_gram, BnActGramArgs)
 FORWARD(relu_backward_reduce, ReluBackwardReduceArgs)
+FORWARD(bn_act_maxpool, BnActMaxpoolArgs)
 FORWARD(bn_act_maxpool_train, BnActMaxpoolTrainArgs)
 FORWARD(bn_act_maxpool_backward_reduce, BnActMaxpoolBackwardReduceArgs)
 FORWARD(bn_act_maxpool_backward, BnActMaxpoolBackwardArgs)
-FORWARD(eltwise_act_backward, EltwiseActBackwardArgs)
+FORWARD(conv_pack, ConvPackArgs)
+FORWARD(conv_bn_act, ConvBnActArgs)
+// clang-format on
+
+int64_t conv_packed_size(DType dtype, const ConvShape& shape) {
+  CALL(conv_packed_size(dtype, shape))
+}
+DType conv_packed_dtype(DType dtype) { CALL(conv_packed_dtype(dtype)) }
 
 }  // namespace fused_resnet::cpu

@@ -15,4 +15,5 @@
 FR_NAMESPACE_BEGIN
 FUSED_RESNET_LAUNCHERS(const Pool&)
 int64_t conv_packed_size(DType dtype, const ConvShape& shape);
+DType conv_packed_dtype(DType dtype);
 FR_NAMESPACE_END

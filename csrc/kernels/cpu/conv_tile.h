@@ -1,0 +1,200 @@
+// The innermost part of a convolution: a register tile of kR output pixels by kV vectors of output
+// channels, from the first product to the stored result.
+#pragma once
+
+#include "../math.h"
+#include "conv_panels.h"
+
+FR_NAMESPACE_BEGIN
+
+// Steps summed up in registers before they are added to the sum in memory. A shorter chain rounds
+// less, and costs 1% of the time.
+constexpr int64_t kSumSteps = 256;
+// Steps of a tile between one round of prefetches and the next.
+constexpr int64_t kBlock = 16;
+
+// Which rows of a tile a kernel position contributes to: those that lie in the padding are left
+// out where they are the first, the last, or all of a tile. Elsewhere they read zeros.
+enum Reach : uint8_t { kAll, kNotFirst, kNotLast, kNone };
+
+// Memory to prefetch while a tile is computed: so many bytes from `at` on for each kBlock steps.
+struct Ahead {
+  const char* at;
+  int64_t bytes;
+};
+
+template <int kWrite>
+FR_VEC void prefetch(Ahead& ahead) {
+  for (int64_t line = 0; line < ahead.bytes; line += 64)
+    __builtin_prefetch(ahead.at + line, kWrite, 3);
+  ahead.at += ahead.bytes;
+}
+
+template <class T>
+struct TileArgs {
+  using A = Acc<T>;
+  // Where row r reads its input for kernel position `tap`: rows[r * taps + tap] + offset.
+  const Element<T>* const* rows;
+  const Reach* reach;  // of each tap
+  int64_t taps, offset, depth;
+  const Element<T>* panel[2];  // the second only where a tile is two panels wide
+  const A* scale;              // of the tile's first channel, as all that follows
+  const A* shift;
+  const T* residual;
+  T* out;
+  int64_t pixel;    // elements from one output pixel to the next
+  int64_t count;    // pixels there are, of the tile's kR
+  int64_t columns;  // channels there are, of the tile's kV vectors
+  Act act;
+  Ahead next_panel, next_input, next_output, next_residual;
+};
+
+// sum[r][:] += row[r][k] * panel[k][:], for rows kFrom to kTo and `steps` k.
+template <class T, int kR, int kV, int kFrom, int kTo>
+FR_VEC void multiply(Vec<Acc<T>> (&sum)[kR][kV], const Element<T>* const (&row)[kR], int64_t steps,
+                     const Element<T>* const* panel, Ahead* ahead) {
+  constexpr int kWidth = kMaxVecs < kV ? kMaxVecs : kV;
+  const Element<T>* first = panel[0];
+  const Element<T>* second = panel[1];
+  const int64_t end = steps * kPer<T>;
+  for (int64_t k = 0; k < end;) {
+    prefetch<0>(ahead[0]);
+    prefetch<0>(ahead[1]);
+    prefetch<0>(ahead[2]);
+    prefetch<1>(ahead[3]);
+    const int64_t stop = end - k < kBlock * kPer<T> ? end : k + kBlock * kPer<T>;
+    for (; k < stop; k += kPer<T>) {
+      Vec<Acc<T>> w[kV];
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v)
+        w[v] = load_step<T>((v < kWidth ? first : second) + v % kWidth * kVecElements<T>);
+      // Too far ahead for the processor's own prefetching, which works page by page.
+#pragma GCC unroll 2
+      for (int v = 0; v < kWidth; ++v) {
+        const int64_t at = (kBlock * kWidth + v) * kVecElements<T>;
+        __builtin_prefetch(first + at, 0, 3);
+        if constexpr (kV > kWidth) __builtin_prefetch(second + at, 0, 3);
+      }
+#pragma GCC unroll 16
+      for (int r = kFrom; r < kTo; ++r) {
+        const Vec<Acc<T>> x = splat_step<T>(row[r] + k);
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; ++v) multiply_add<T>(sum[r][v], x, w[v]);
+      }
+      first += kWidth * kVecElements<T>;
+      if constexpr (kV > kWidth) second += kWidth * kVecElements<T>;
+    }
+  }
+}
+
+// act(sum * scale + shift + residual), for a tile that is all there. The sums come from memory: a
+// compiler that has to hold them in registers up to here spills them in the loops before.
+template <class T, int kR, int kV, bool kResidual, bool kRelu>
+__attribute__((noinline)) void finish(const Acc<T>* sum, const TileArgs<T>& t) {
+  using A = Acc<T>;
+#pragma GCC unroll 4
+  for (int v = 0; v < kV; ++v) {
+    const Vec<A> a = t.scale ? load(t.scale + v * kLanes<A>) : splat(A(1));
+    const Vec<A> b = t.shift ? load(t.shift + v * kLanes<A>) : Vec<A>{};
+    const T* residual = t.residual + v * kLanes<A>;
+    T* out = t.out + v * kLanes<A>;
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r, residual += t.pixel, out += t.pixel) {
+      Vec<A> y = math::scale_shift(load(sum + (r * kV + v) * kLanes<A>), a, b);
+      if (kResidual) y += load(residual);
+      if (kRelu) y = math::relu(y);
+      store_result(out, y);
+    }
+  }
+}
+
+// The same for a tile that ends before its last pixel or channel.
+template <class T, int kV>
+__attribute__((noinline)) void finish_part(const Acc<T>* sum, const TileArgs<T>& t) {
+  using A = Acc<T>;
+  for (int64_t v = 0; v < kV; ++v) {
+    const int64_t c = v * kLanes<A>, columns = t.columns - c;
+    if (columns <= 0) break;
+    const bool whole = columns >= kLanes<A>;
+    auto get = [&](const auto* p) { return whole ? load(p) : load(p, columns); };
+    const Vec<A> a = t.scale ? get(t.scale + c) : splat(A(1));
+    const Vec<A> b = t.shift ? get(t.shift + c) : Vec<A>{};
+    for (int64_t r = 0; r < t.count; ++r) {
+      Vec<A> y = math::scale_shift(load(sum + (r * kV + v) * kLanes<A>), a, b);
+      if (t.residual) y += get(t.residual + r * t.pixel + c);
+      y = math::activate(y, t.act);
+      T* out = t.out + r * t.pixel + c;
+      if (whole) {
+        store_result(out, y);
+      } else {
+        T buffer[kLanes<A>];
+        store_result(buffer, y);
+        __builtin_memcpy(out, buffer, columns * sizeof(T));
+      }
+    }
+  }
+}
+
+// The sums of a tile, [row][vector].
+template <class T, int kR, int kV, bool kPadded>
+__attribute__((noinline)) void sum_up(const TileArgs<T>& t, Acc<T>* memory) {
+  using A = Acc<T>;
+  constexpr int64_t kStep = (kMaxVecs < kV ? kMaxVecs : kV) * kVecElements<T>;
+  Vec<A> sum[kR][kV] = {};
+  bool first = true;
+  auto add_up = [&]() FR_LAMBDA {
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) {
+        A* at = memory + (r * kV + v) * kLanes<A>;
+        store(at, first ? sum[r][v] : load(at) + sum[r][v]);
+        sum[r][v] = Vec<A>{};
+      }
+    first = false;
+  };
+  Ahead ahead[4] = {t.next_panel, t.next_input, t.next_residual, t.next_output};
+  const Element<T>* panel[2] = {t.panel[0], t.panel[1]};
+  int64_t room = kSumSteps;
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    int64_t offset = t.offset;
+    for (int64_t left = t.depth; left > 0;) {
+      const Element<T>* row[kR];
+#pragma GCC unroll 16
+      for (int r = 0; r < kR; ++r) row[r] = t.rows[r * t.taps + tap] + offset;
+      const int64_t steps = left < room ? left : room;
+      if (!kPadded || t.reach[tap] == kAll)
+        multiply<T, kR, kV, 0, kR>(sum, row, steps, panel, ahead);
+      else if (t.reach[tap] == kNotFirst)
+        multiply<T, kR, kV, 1, kR>(sum, row, steps, panel, ahead);
+      else if (t.reach[tap] == kNotLast)
+        multiply<T, kR, kV, 0, kR - 1>(sum, row, steps, panel, ahead);
+      panel[0] += steps * kStep;
+      panel[1] += steps * kStep;
+      offset += steps * kPer<T>;
+      left -= steps;
+      // Counted where nothing is multiplied too: a pixel's sum is cut alike in every tile.
+      room -= steps;
+      if (room == 0) {
+        add_up();
+        room = kSumSteps;
+      }
+    }
+  }
+  // Also when nothing has come since: zeros are added then.
+  add_up();
+}
+
+template <class T, int kR, int kV, bool kPadded>
+FR_VEC void tile(const TileArgs<T>& t) {
+  Acc<T> sum[kR * kV * kLanes<Acc<T>>] __attribute__((aligned(64)));
+  sum_up<T, kR, kV, kPadded>(t, sum);
+  if (t.count < kR || t.columns < kV * kLanes<Acc<T>>)
+    finish_part<T, kV>(sum, t);
+  else if (t.act == Act::relu)
+    t.residual ? finish<T, kR, kV, true, true>(sum, t) : finish<T, kR, kV, false, true>(sum, t);
+  else
+    t.residual ? finish<T, kR, kV, true, false>(sum, t) : finish<T, kR, kV, false, false>(sum, t);
+}
+
+FR_NAMESPACE_END
