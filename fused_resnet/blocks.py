@@ -6,18 +6,21 @@ class's own otherwise. ``functools.wraps`` makes torch.fx and torch.jit.script r
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import Conv2dNormActivation as TorchvisionConv2dNormActivation
 
 from . import functional
-from .conditions import BATCH_NORMS, hooked, obstacle
+from .conditions import BATCH_NORMS, hooked, obstacle, trains
 from .frozen_conv import FrozenConv
-from .modules import conv_bn, convolve, pair_scale_shift
+from .modules import chain, conv_bn, convolve, pair_scale_shift
+from .plan import Pool
 
 if TYPE_CHECKING:  # every fused class is a module too; its bases bring nn.Module in
     _Base = Any
@@ -37,11 +40,14 @@ class Pair(NamedTuple):
 class Fused(_Base):
     """What the fused classes share. A subclass lists its pairs and runs itself from them."""
 
-    #: Set by freeze: the pairs, each of which has become one FrozenConv where its conv was.
+    #: Set by freeze: the pairs, each of which has become one FrozenConv where its conv was. Set by
+    #: fuse: what training may trade memory for.
     if TYPE_CHECKING:  # torch.jit.script takes a class's annotations for its own
         frozen_pairs: list[Pair] | None
+        memory: str
     else:
         frozen_pairs = None
+        memory = "auto"
 
     def pairs(self) -> list[Pair]:
         """The pairs this module runs fused."""
@@ -70,12 +76,18 @@ class Fused(_Base):
             m = m._modules[name]
         return m
 
+    def modules_of(self, p: Pair) -> tuple[Any, Any]:
+        return self.get(p.conv), self.get(p.bn)
+
     def obstacle(self, x: Tensor) -> str | None:
         """Why this module does not run fused for ``x`` right now, or None."""
         if self.frozen_pairs is not None:
             return None
-        modules = [(self.get(p.conv), self.get(p.bn)) for p in self.pairs()]
-        return obstacle(modules, self.skipped(), x)
+        return obstacle([self.modules_of(p) for p in self.pairs()], self.skipped(), x)
+
+    def trains(self, x: Tensor) -> bool:
+        """Whether this call needs batch statistics or a backward."""
+        return self.frozen_pairs is None and trains(map(self.modules_of, self.pairs()), x)
 
 
 def fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,6 +132,8 @@ class Residual(Fused):
         return [(self.relu, nn.ReLU)]
 
     def run(self, x: Tensor) -> Tensor:
+        if self.trains(x):
+            return self.run_training(x)
         if self.downsample is None:
             shortcut = x
         elif _SHORTCUT in self.pairs():
@@ -130,6 +144,14 @@ class Residual(Fused):
         for p in self.chain:
             y = self.pair(p, y, shortcut if p.residual else None)
         return y
+
+    def run_training(self, x: Tensor) -> Tensor:
+        pairs = [self.modules_of(p) for p in self.chain]
+        if self.downsample is None:
+            return chain(pairs, x, identity=True, memory=self.memory)
+        if _SHORTCUT in self.pairs():
+            return chain(pairs, x, shortcut=self.modules_of(_SHORTCUT), memory=self.memory)
+        return chain(pairs, x, self.downsample(x), memory=self.memory)
 
 
 class BasicBlock(Residual, torchvision_resnet.BasicBlock):
@@ -164,6 +186,11 @@ class Stem(Fused):
     def obstacle(self, x: Tensor) -> str | None:
         if getattr(self.maxpool, "return_indices", False):
             return "maxpool returns indices"
+        if (
+            isinstance(self.maxpool, nn.MaxPool2d)
+            and math.prod(_pair(self.maxpool.kernel_size)) > 255
+        ):
+            return "maxpool has a window of more than 255 positions"
         return super().obstacle(x)
 
     def stem(self, x: Tensor) -> Tensor:
@@ -171,6 +198,11 @@ class Stem(Fused):
         pool = self.maxpool
         if self.frozen_pairs is not None:
             return pool(self.pair(self.frozen_pairs[0], x))
+        if self.trains(x):
+            sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+            kernel, stride, padding, dilation = (list(_pair(size)) for size in sizes)
+            pooling = Pool(kernel, stride, padding, dilation, pool.ceil_mode)
+            return chain([(self.conv1, self.bn1)], x, pool=pooling, memory=self.memory)
         scale, shift = pair_scale_shift(self.conv1, self.bn1)
         return functional.bn_act_maxpool(
             convolve(self.conv1, x),

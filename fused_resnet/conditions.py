@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -16,7 +17,7 @@ from . import engines
 
 # Modules are typed Any below: nn.Module's attributes are Tensor | Module to a type checker.
 
-BATCH_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 def hooked(m: nn.Module) -> bool:
@@ -53,9 +54,10 @@ def pair_obstacle(conv: Any, bn: Any) -> str | None:
     weight, mean = conv.weight, bn.running_mean
     if type(weight) is not nn.Parameter and hasattr(weight, "placements"):
         return "parameters are sharded"
-    if mean is None or bn.running_var is None:
-        return "bn: it keeps no running statistics"
-    if mean.shape[0] != conv.out_channels:
+    if (mean is None) != (bn.running_var is None):
+        return "bn: it keeps one running statistic and not the other"
+    channels = bn.num_features if mean is None else mean.shape[0]
+    if channels != conv.out_channels:
         return "bn: it has another number of channels than conv"
     return None
 
@@ -66,7 +68,7 @@ def norm_takes(bn: Any, dtype: torch.dtype) -> bool:
     kinds = {
         t.dtype for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias) if t is not None
     }
-    return kinds == {dtype} or (half and kinds == {torch.float32})
+    return kinds <= {dtype} or (half and kinds == {torch.float32})
 
 
 def _dtype_obstacle(conv: Any, bn: Any, x: Tensor) -> str | None:
@@ -78,8 +80,45 @@ def _dtype_obstacle(conv: Any, bn: Any, x: Tensor) -> str | None:
         return "input and weight differ in dtype"
     if not norm_takes(bn, dtype):
         return "bn and activations differ in dtype"
-    if weight.device != x.device or mean.device != x.device:
+    if weight.device != x.device or (mean is not None and mean.device != x.device):
         return "tensors are on different devices"
+    return None
+
+
+def uses_batch_statistics(bn: Any) -> bool:
+    """Whether a BatchNorm's next forward takes its statistics from the batch."""
+    frozen = isinstance(bn, FrozenBatchNorm2d)
+    return not frozen and (bn.training or (bn.running_mean is None and bn.running_var is None))
+
+
+def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd would record an op over these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def trains(pairs: Iterable[tuple[Any, Any]], *inputs: Tensor | None) -> bool:
+    """Whether a call needs more than inference: statistics of the batch, or a backward."""
+    tensors = list(inputs)
+    for conv, bn in pairs:
+        if uses_batch_statistics(bn):
+            return True
+        tensors += [conv.weight, conv.bias, bn.weight, bn.bias]
+    return needs_grad(tensors)
+
+
+def _training_obstacle(pairs: Sequence[tuple[Any, Any]], x: Tensor) -> str | None:
+    """Why a call that trains is left to torch, or None."""
+    if engines.wish() == "reference":
+        return "the reference engine trains as torch does"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    for _, bn in pairs:
+        if any(t is not None and t.requires_grad for t in (bn.running_mean, bn.running_var)):
+            return "bn: its running statistics require grad"
+        if type(bn) is nn.SyncBatchNorm and torch.compiler.is_compiling():
+            return "bn: processes are synchronised, inside a compiled program"
+        if not x.numel() and uses_batch_statistics(bn) and type(bn) is not nn.SyncBatchNorm:
+            return "the batch is empty"
     return None
 
 
@@ -122,18 +161,12 @@ def obstacle(
     for conv, bn in pairs:
         if (reason := pair_obstacle(conv, bn)) is not None:
             return reason
-        if bn.training and type(bn) is nn.BatchNorm2d:
-            return "bn: it takes its statistics from the batch"
         if bn.eps <= 0:
             return "bn: eps is not positive"
         if (reason := _dtype_obstacle(conv, bn, x)) is not None:
             return reason
-    if torch.is_grad_enabled():
-        tensors = [x, residual]
-        for conv, bn in pairs:
-            tensors += [conv.weight, conv.bias, bn.weight, bn.bias]
-        if any(t is not None and t.requires_grad for t in tensors):
-            return "a gradient is needed"
+    if trains(pairs, x, residual) and (reason := _training_obstacle(pairs, x)) is not None:
+        return reason
     if (
         engines.wish() == "auto"
         and engines.choose("conv_bn_act", x.device.type, x.dtype) == "reference"

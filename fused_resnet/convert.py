@@ -10,6 +10,7 @@ from torch import nn
 
 from .blocks import TWINS, Fused
 from .conditions import BATCH_NORMS, pair_obstacle, plain
+from .plan import MEMORY
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -133,7 +134,7 @@ def _is_norm(m: nn.Module | None) -> bool:
     return isinstance(m, nn.modules.batchnorm._NormBase)
 
 
-def fuse(model: M, *, strict: bool = False) -> M:
+def fuse(model: M, *, strict: bool = False, memory: str = "auto") -> M:
     """Make ``model`` run fused, in place.
 
     Modules of known classes (torchvision's ResNet and its blocks, ``Conv2dNormActivation``, and
@@ -144,21 +145,30 @@ def fuse(model: M, *, strict: bool = False) -> M:
     Args:
         model: any module. Fuse before ``torch.compile``, ``DistributedDataParallel`` and sharding.
         strict: raise if any conv/BatchNorm pair is left unfused; nothing is changed then.
+        memory: what training may trade memory for. ``"auto"`` keeps half of what torch keeps for
+            backward and computes no convolution twice. ``"lean"`` computes the first convolution of
+            every block again in backward and does not keep its output. ``"fast"`` keeps the raw
+            output of the last 1x1 convolution of a block, too, where that saves time.
 
     Returns:
-        ``model`` itself.
+        ``model`` itself. Called again, it sets another ``memory``.
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: an unknown ``memory``.
         RuntimeError: ``model`` is compiled, scripted or wrapped; ``strict``, and a pair is unfused.
     """
     _check_model("fuse", model)
+    if memory not in MEMORY:
+        raise ValueError(f"fuse: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     if strict and (unfused := _entries(model).unfused):
         reasons = "; ".join(f"{e.conv}: {e.reason}" for e in unfused)
         raise RuntimeError(f"fuse: strict, and {len(unfused)} pairs cannot be fused: {reasons}")
     for _, m in list(_candidates(model)):
         if type(m) in TWINS and "forward" not in m.__dict__:
             m.__class__ = TWINS[type(m)]
+        if isinstance(m, Fused):
+            m.memory = memory
     return model
 
 
@@ -169,6 +179,7 @@ def unfuse(model: M) -> M:
     for m in model.modules():
         if type(m) in originals:
             m.__class__ = originals[type(m)]
+            m.__dict__.pop("memory", None)
     return model
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .blocks import Fused
-from .conditions import pair_obstacle, plain
+from .conditions import pair_obstacle, plain, uses_batch_statistics
 from .convert import fuse, unfuse
 from .frozen_conv import FrozenConv
 
@@ -148,7 +148,8 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
 
 
 def _static_obstacle(m: Fused) -> bool:
-    return any(pair_obstacle(m.get(p.conv), m.get(p.bn)) for p in m.pairs()) or any(
+    modules = [m.modules_of(p) for p in m.pairs()]
+    return any(pair_obstacle(*pair) or uses_batch_statistics(pair[1]) for pair in modules) or any(
         plain(other, (kind,)) for other, kind in m.skipped()
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import vendor
-from .modules import pair_scale_shift
+from .modules import geometry_of, pair_scale_shift
 from .reference import accumulation_dtype
 
 #: A layer is folded only where every folded weight is within this of its float64 value, relative to
@@ -53,12 +53,7 @@ class FrozenConv(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale if folded is None else None)
         self.register_buffer("shift", live_shift.to(scale.dtype))
-        self.geometry: tuple[list[int], list[int], list[int], int] = (
-            list(conv.stride),
-            list(conv.padding),  # type: ignore[arg-type]
-            list(conv.dilation),
-            conv.groups,
-        )
+        self.geometry = geometry_of(conv)
         self.engine = "native"
         self._packed: Tensor | None = None
 

@@ -5,13 +5,14 @@ needed the formulas of :mod:`fused_resnet.reference` run instead, which autograd
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, engines
+from .conditions import needs_grad
 
 __all__ = [
     "add_act",
@@ -43,11 +44,6 @@ def _pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[in
 def _check_image(op: str, x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"{op}: expected 4D input (got {x.dim()}D input)")
-
-
-def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether autograd would record an op over these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _run(op: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
@@ -252,9 +248,10 @@ def bn_act_maxpool(
     return _run(name, (x, scale, shift), *args)
 
 
-def _conv_shape(
+def conv_shape(
     x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[int, ...]:
+    """The shape of a convolution's output."""
     size = [
         (x.size(i + 2) + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) // stride[i]
         + 1
@@ -316,7 +313,7 @@ def conv_bn_act(
     steps, pads = _pair(name, "stride", stride, 1), _pair(name, "padding", padding, 0)
     gaps = _pair(name, "dilation", dilation, 1)
     if residual is not None:
-        shape = _conv_shape(x, weight, steps, pads, gaps)
+        shape = conv_shape(x, weight, steps, pads, gaps)
         if residual.dtype != x.dtype or residual.shape != shape:
             if min(shape) > 0:
                 checks.residual(name, residual, x, shape)

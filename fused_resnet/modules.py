@@ -1,13 +1,17 @@
 """Modules to build networks from, and the two steps every fused forward is made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
-from .conditions import norm_takes, obstacle, recording
+from . import engines, functional
+from .conditions import needs_grad, norm_takes, obstacle, recording, trains, uses_batch_statistics
+from .plan import Params, Plan, Pool, Step
+from .training import Chain
 
 
 def scale_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
@@ -28,8 +32,80 @@ def conv_bn(
     conv: nn.Conv2d, bn: nn.Module, x: Tensor, act: str = "none", residual: Tensor | None = None
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` in evaluation, from the modules' tensors as they are now."""
+    if trains([(conv, bn)], x, residual):
+        if residual is None:
+            return chain([(conv, bn)], x, act=act)
+        x = _as_autocast(x)
+        shape = functional.conv_shape(x, conv.weight, *geometry_of(conv)[:3])
+        if residual.dtype == x.dtype and residual.shape == shape:
+            return chain([(conv, bn)], x, residual, act=act)
+        return functional.add_act(chain([(conv, bn)], x, act="none"), residual, act)
     scale, shift = pair_scale_shift(conv, bn)
     return convolve(conv, x, scale, shift, residual, act)
+
+
+def chain(
+    pairs: Sequence[tuple[Any, Any]],
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    shortcut: tuple[Any, Any] | None = None,
+    identity: bool = False,
+    act: str = "relu",
+    pool: Pool | None = None,
+    memory: str = "auto",
+) -> Tensor:
+    """``act(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + r)`` with all that training asks of it.
+
+    ``r`` is the residual, ``bn(conv(x))`` of the shortcut, or x (``identity``); ``pool`` pools the
+    result. Autograd sees one node; running statistics move as BatchNorm2d moves them.
+    """
+    every = [*pairs, shortcut] if shortcut is not None else pairs
+    steps: list[Step] = []
+    tensors: list[Tensor | None] = []
+    for conv, bn in every:
+        step, params = _step(conv, bn)
+        steps.append(step)
+        tensors += params
+    own = steps.pop() if shortcut is not None else None
+    plan = Plan(tuple(steps), own, identity, act, pool, engines.wish(), _group(every), memory)
+    return Chain.apply(plan, _as_autocast(x), residual, *tensors)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """What autocast would have a convolution read."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def geometry_of(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+    """Stride, padding, dilation and groups, as the ops take them."""
+    padding: Any = conv.padding
+    return list(conv.stride), list(padding), list(conv.dilation), conv.groups
+
+
+def _step(conv: nn.Conv2d, bn: Any) -> tuple[Step, Params]:
+    batch, momentum = uses_batch_statistics(bn), 0.0
+    keeps = not batch or (bn.training and bn.track_running_stats)
+    if batch and keeps:
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+        momentum = bn.momentum
+        if momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    mean, var = (bn.running_mean, bn.running_var) if keeps else (None, None)
+    return (
+        Step(*geometry_of(conv), bn.eps, batch, momentum),
+        Params(conv.weight, conv.bias, bn.weight, bn.bias, mean, var),
+    )
+
+
+def _group(pairs: Sequence[tuple[Any, Any]]) -> Any:
+    """The processes whose batches count as one."""
+    for _, bn in pairs:
+        if isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_initialized():
+            return bn.process_group or dist.group.WORLD
+    return None
 
 
 def convolve(
@@ -55,11 +131,6 @@ def convolve(
     )
 
 
-def uses_batch_statistics(bn: nn.Module) -> bool:
-    """Whether a BatchNorm's next forward takes its statistics from the batch."""
-    return bn.training or bn.running_mean is None or bn.running_var is None
-
-
 class BatchNormAct2d(nn.BatchNorm2d):
     """``act(bn(x) + residual)``: :class:`torch.nn.BatchNorm2d` with what follows it in a block.
 
@@ -83,12 +154,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
         # torch decides what eps may be, and reports it.
         if (
             uses_batch_statistics(self)
+            or self.running_mean is None
+            or self.running_var is None
             or self.eps <= 0
             or not norm_takes(self, input.dtype)
-            or self.running_var.shape != input.shape[1:2]  # type: ignore[union-attr]
-            or self.running_mean.shape != input.shape[1:2]  # type: ignore[union-attr]
+            or self.running_var.shape != input.shape[1:2]
+            or self.running_mean.shape != input.shape[1:2]
             or recording() is not None
-            or functional.needs_grad(tensors)
+            or needs_grad(tensors)
         ):
             y = super().forward(input)
             y = y if residual is None else y + residual

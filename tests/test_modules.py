@@ -219,18 +219,6 @@ def test_conv_bn_act_broadcasts_and_promotes_its_residual():
             module(x, torch.randn(7, 1, 1))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_conv_bn_act_gradients(training):
-    module = conv(bias=True).train(training)
-    plain = copy.deepcopy(module)
-    module(fields(channels=6)).square().sum().backward()
-    unfused(plain, fields(channels=6)).square().sum().backward()
-    for (name, p), q in zip(module.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, msg=name)
-    for b, c in zip(module.buffers(), plain.buffers(), strict=True):
-        assert torch.equal(b, c)
-
-
 def test_conv_bn_act_with_a_hook():
     """An obstacle at the call, as in a block."""
     module, calls = conv(), []

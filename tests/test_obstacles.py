@@ -42,10 +42,6 @@ def own_class(model, calls):
     model.conv1.calls = calls
 
 
-def untracked(model, calls):
-    model.bn1 = nn.BatchNorm2d(8, track_running_stats=False).eval()
-
-
 def reflecting(model, calls):
     model.conv2.padding_mode = "reflect"
     model.conv2._reversed_padding_repeated_twice = [1, 1, 1, 1]
@@ -80,13 +76,11 @@ OBSTACLES = {
         "ParametrizedConv2d",
         False,
     ),
-    "sync-bn": (lambda m, _: nn.SyncBatchNorm.convert_sync_batchnorm(m), "SyncBatchNorm", False),
     "silu": (lambda m, _: setattr(m, "relu", nn.SiLU()), "SiLU", False),
     "group-norm": (lambda m, _: setattr(m, "bn2", nn.GroupNorm(2, 8)), "GroupNorm", False),
     "no-norm": (lambda m, _: setattr(m, "bn1", nn.Identity()), "Identity", False),
     "own-forward": (own_forward, "overridden on the instance", True),
     "own-class": (own_class, "CountingConv", True),
-    "untracked": (untracked, "no running statistics", False),
     "reflecting": (reflecting, "padding_mode", False),
     "same": (lambda m, _: setattr(m.conv2, "padding", "same"), "padding", False),
 }

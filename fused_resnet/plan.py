@@ -1,0 +1,94 @@
+"""What a chain of convolutions and BatchNorms is to :mod:`fused_resnet.training`."""
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+#: What a fused module may trade memory for, see :func:`fused_resnet.fuse`.
+MEMORY = ("auto", "lean", "fast")
+
+#: Positions per input channel from which a 1x1 convolution's statistics are taken from its input's
+#: Gram matrix: below, the products of C x C matrices cost more than the passes over y they save.
+#: "auto" and "lean" go lower than what is fastest, as y need not be kept then.
+GRAM_ROWS = {"auto": 3, "lean": 3, "fast": 24}
+
+
+class Pool(NamedTuple):
+    """A max pooling that follows the activation."""
+
+    kernel_size: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    ceil_mode: bool
+
+
+class Step(NamedTuple):
+    """A convolution and its BatchNorm: what is not a tensor."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    eps: float
+    batch: bool  #: statistics of the batch; else the running ones
+    momentum: float  #: the batch's share in the new running statistics
+
+
+class Params(NamedTuple):
+    """A convolution and its BatchNorm: its tensors. Running ones are None where none are kept."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+class Plan(NamedTuple):
+    """What a chain computes: ``act(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + residual)``."""
+
+    steps: tuple[Step, ...]
+    shortcut: Step | None  #: of x, in place of the residual
+    identity: bool  #: x itself in place of the residual
+    act: str
+    pool: Pool | None
+    engine: str  #: the wish at the time of forward; backward runs elsewhere
+    group: Any  #: processes whose batches count as one, or None
+    memory: str  #: one of MEMORY
+
+
+class Kept(NamedTuple):
+    """What backward needs of a step."""
+
+    y: Tensor | None  #: raw output; None where it was never made, or is made again
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor  #: of y; where y was never made, about the product of weight and center
+    invstd: Tensor
+    center: Tensor | None = None
+    matrix: Tensor | None = None
+    total: Tensor | None = None
+
+
+def is_pointwise(step: Step, weight: Tensor) -> bool:
+    """Whether a step's convolution is a matrix product over channels."""
+    return weight.shape[2:] == (1, 1) and step.groups == 1 and not any(step.padding)
+
+
+def keeps_output(step: Step, p: Params, z: Tensor, memory: str) -> bool:
+    """Whether a step that ends a chain makes and keeps its raw output."""
+    if p.bias is not None:
+        return True
+    if not step.batch:
+        return False
+    rows = z.size(0) * -(-z.size(2) // step.stride[0]) * -(-z.size(3) // step.stride[1])
+    return not is_pointwise(step, p.weight) or rows < GRAM_ROWS[memory] * z.size(1)
+
+
+def convolve(z: Tensor, p: Params, step: Step) -> Tensor:
+    bias = None if p.bias is None else p.bias.to(z.dtype)
+    weight = p.weight.to(z.dtype)
+    return F.conv2d(z, weight, bias, step.stride, step.padding, step.dilation, step.groups)

@@ -1,0 +1,85 @@
+"""Batch statistics of convolution outputs, of one process or of many.
+
+A 1x1 convolution is linear in its input, so its output's statistics follow from the input's Gram
+matrix and the output need not exist: ``mean = W mean(z)``, ``var_k = w_k Cov(z) w_k``.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import engines
+
+
+class Moments(NamedTuple):
+    """Per channel: the mean, and the sum of squared deviations from it, over so many values."""
+
+    mean: Tensor
+    m2: Tensor
+    values: float
+
+
+class Gram(NamedTuple):
+    """Second moments of a 1x1 convolution's input z about ``center``.
+
+    Centred before it is squared: taken of z itself, a channel whose mean is far from zero leaves
+    nothing of its variance.
+    """
+
+    center: Tensor  #: C
+    matrix: Tensor  #: C x C, sum of (z - center)(z - center)^T, float64
+    total: Tensor  #: C, sum of (z - center), float64
+    positions: float
+
+
+def run(op: str, engine: str, x: Any, *args: Any) -> Any:
+    """Call ``op`` for ``x`` on what :func:`engines.choose` takes for the wish ``engine``."""
+    chosen = engines.choose(op.removesuffix("_"), x.device.type, x.dtype, engine)
+    return engines.implementation(op, chosen)(x, *args)
+
+
+def count_of(y: Tensor) -> int:
+    """Values per channel."""
+    return y.numel() // y.size(1) if y.size(1) else 0
+
+
+def of_tensor(y: Tensor, engine: str) -> Moments:
+    mean, m2 = run("bn_stats", engine, y)
+    return Moments(mean, m2, float(count_of(y)))
+
+
+def of_product(weight: Tensor, gram: Gram) -> Moments:
+    """Of ``W (z - center)`` for a 1x1 convolution's weight, in float64."""
+    w = weight.flatten(1).double()
+    mean = gram.total / gram.positions
+    covariance = torch.addr(gram.matrix, gram.total, mean, alpha=-1)
+    m2 = ((w @ covariance) * w).sum(1).clamp_min(0)  # rounding alone can go below zero; NaN stays
+    return Moments(w @ mean, m2, gram.positions)
+
+
+def combine(own: Moments, group: Any) -> Moments:
+    """Of all processes of ``group`` together, by Chan's formula; None: of this one alone."""
+    if group is None:
+        return own
+    packed = torch.cat([own.mean, own.m2, own.mean.new_tensor([own.values])]).double()
+    gathered = packed.new_empty(dist.get_world_size(group), packed.numel())
+    dist.all_gather(list(gathered.unbind()), packed, group=group)
+    channels = own.mean.numel()
+    means, m2s, counts = gathered.split([channels, channels, 1], dim=1)
+    # A process without data has no statistics: its share is nothing, not NaN.
+    means, m2s = (torch.where(counts > 0, t, 0) for t in (means, m2s))
+    count = counts.sum()
+    mean = (means * counts).sum(0) / count
+    m2 = (m2s + (means - mean).square() * counts).sum(0)
+    return Moments(mean.to(own.mean.dtype), m2.to(own.m2.dtype), float(count))
+
+
+def sum_over(group: Any, *vectors: Tensor) -> list[Tensor]:
+    """Each vector summed over the processes of ``group``; None: as it is."""
+    if group is None:
+        return list(vectors)
+    packed = torch.cat(vectors)
+    dist.all_reduce(packed, group=group)
+    return list(packed.split([v.numel() for v in vectors]))

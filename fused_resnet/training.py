@@ -1,0 +1,214 @@
+"""Fused training: a chain of convolutions, each with its BatchNorm, as one autograd node.
+
+Forward keeps the raw convolution outputs ``y_i`` and the chain's output, nothing between them:
+``z_i = relu(bn_i(y_i))`` is made again in backward. Of a 1x1 convolution that ends a chain, and of
+a 1x1 shortcut, not even ``y`` is kept: its statistics come from the Gram matrix of its input
+(:mod:`fused_resnet.statistics`), and so does its part of the backward::
+
+    S = g^T z                                    g: the gradient behind the last ReLU
+    dbeta = sum g                                dgamma = invstd * (rowdot(W, S) - mean(y) * dbeta)
+    a = gamma * invstd                           b = -a * invstd * dgamma / P
+    c = -a * dbeta / P - b * mean(y)
+    dW = diag(a) S + diag(b) W (z^T z) + c (sum z)^T
+    dz = g (diag(a) W) + z (W^T diag(b) W) + c^T W
+
+with every z taken about a per-channel constant, which changes none of it as dy sums to zero. Where
+memory is to be lean, the first of several convolutions is computed again, too.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import statistics
+from .plan import Kept, Params, Plan, Step, convolve, keeps_output
+from .reference import accumulation_dtype
+from .statistics import Gram, Moments, count_of, run
+from .training_backward import Backward, composite_backward
+
+Values = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@contextlib.contextmanager
+def _plainly(x: Tensor) -> Iterator[None]:
+    """No autocast, which would cast inside; and, outside a trace, no autograd to ask at each op."""
+    with contextlib.ExitStack() as stack:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if not torch.compiler.is_compiling():
+            stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        yield
+
+
+def _fixed(step: Step, p: Params) -> Values:
+    """Scale, shift, mean and inverse deviation of running statistics."""
+    mean, var = p.running_mean, p.running_var
+    dtype = accumulation_dtype(mean.dtype)  # type: ignore[union-attr]
+    invstd = torch.rsqrt(var.to(dtype) + step.eps)  # type: ignore[union-attr]
+    scale = invstd if p.gamma is None else p.gamma.to(dtype) * invstd
+    shift = -mean.to(dtype) * scale  # type: ignore[union-attr]
+    shift = shift if p.beta is None else shift + p.beta.to(dtype)
+    return scale, shift, mean.to(dtype), invstd  # type: ignore[union-attr]
+
+
+def _finalize(
+    plan: Plan, step: Step, p: Params, own: Moments, like: Tensor, offset: Tensor | None = None
+) -> tuple[Values, float]:
+    """Scale, shift, mean and inverse deviation of the batch; running statistics move.
+
+    ``offset``: what the mean in ``own`` is taken about; the mean that is returned is too.
+    """
+    whole = statistics.combine(own, plan.group)
+    if whole.values <= 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {like.shape}"
+        )
+    dtype = accumulation_dtype(like.dtype)
+    mean = (whole.mean if offset is None else whole.mean + offset).to(dtype)
+    scale, shift, invstd = run(
+        "bn_finalize", plan.engine, mean, whole.m2.to(dtype), whole.values, p.gamma, p.beta,
+        p.running_mean, p.running_var, step.momentum, step.eps,
+    )  # fmt: skip
+    return (scale, shift, whole.mean.to(dtype), invstd), whole.values
+
+
+def _centre(p: Params | None, z: Tensor, engine: str) -> Tensor:
+    """Near the mean of each channel of z; such that z - centre is exact in half types.
+
+    ``p``: the BatchNorm, with ReLU, that z comes from; None: it is not known, and one image tells.
+    """
+    half = z.dtype in (torch.bfloat16, torch.float16)
+    if p is None:
+        mean, m2 = run("bn_stats", engine, z[:1])
+        deviation = (m2 / max(1, count_of(z[:1]))).sqrt()
+    elif p.beta is None:
+        return z.new_zeros(z.size(1), dtype=accumulation_dtype(z.dtype))
+    else:
+        mean = p.beta.detach().clamp_min(0)
+        deviation = torch.ones_like(mean) if p.gamma is None else p.gamma.detach().abs()
+    if half:
+        mean = torch.where(mean > 2 * deviation, mean, 0)
+    # A centre that is not finite would spoil what is finite around it.
+    return mean.nan_to_num(0, 0, 0).to(torch.bfloat16).to(accumulation_dtype(z.dtype))
+
+
+def _end(
+    plan: Plan, step: Step, p: Params, z: Tensor, source: tuple[Params, Kept] | None
+) -> tuple[Kept, float]:
+    """A step that ends a chain, short of its normalisation.
+
+    ``source``: the step before it, whose raw output and BatchNorm z came from; None: z is x.
+    """
+    if keeps_output(step, p, z, plan.memory):
+        return _middle(plan, step, p, z)
+    if not step.batch:
+        return Kept(None, *_fixed(step, p)), 0.0
+    center = _centre(None if source is None else source[0], z, plan.engine)
+    given = (z, None, None) if source is None else (source[1].y, *source[1][1:3])
+    act = "none" if source is None else "relu"
+    stride = step.stride[0]
+    matrix, total = run("bn_act_gram", plan.engine, *given, center, act, stride)
+    count = z.size(0) * -(-z.size(2) // stride) * -(-z.size(3) // stride)
+    weight = p.weight.to(z.dtype)
+    own = statistics.of_product(weight, Gram(center, matrix, total, float(count)))
+    offset = weight.flatten(1).double() @ center.double()
+    values, whole = _finalize(plan, step, p, own, z, offset)
+    k = Kept(None, *values, center, matrix.to(center.dtype), total.to(center.dtype))
+    return k, whole
+
+
+def _middle(plan: Plan, step: Step, p: Params, z: Tensor) -> tuple[Kept, float]:
+    """A step whose raw output is made and kept."""
+    y = convolve(z, p, step)
+    if not step.batch:
+        return Kept(y, *_fixed(step, p)), 0.0
+    values, count = _finalize(plan, step, p, statistics.of_tensor(y, plan.engine), y)
+    return Kept(y, *values), count
+
+
+def _normalised(
+    plan: Plan, step: Step, p: Params, k: Kept, z: Tensor, residual: Tensor | None, act: str
+) -> Tensor:
+    """``act(bn(conv(z)) + residual)`` once the statistics are known."""
+    if k.y is not None:
+        return run("bn_act", plan.engine, k.y, k.scale, k.shift, residual, act)
+    geometry = (step.stride, step.padding, step.dilation, step.groups)
+    weight = p.weight.to(z.dtype)
+    return run("conv_bn_act", plan.engine, z, weight, k.scale, k.shift, residual, *geometry, act)
+
+
+class Chain(torch.autograd.Function):
+    """``out = Chain.apply(plan, x, residual, *tensors)``: six tensors a step, the shortcut last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, x: Tensor, residual: Tensor | None, *tensors: Tensor | None
+    ) -> Tensor:
+        params = _params(tensors)
+        with _plainly(x):
+            z = x
+            kept: list[Kept] = []
+            counts: list[float] = []
+            for i, (step, p) in enumerate(zip(plan.steps, params, strict=False)):
+                if i:
+                    k = kept[-1]
+                    z = run("bn_act", plan.engine, k.y, k.scale, k.shift, None, "relu")
+                if i + 1 < len(plan.steps) or plan.pool is not None:
+                    k, count = _middle(plan, step, p, z)
+                else:
+                    source = (params[i - 1], kept[-1]) if i else None
+                    k, count = _end(plan, step, p, z, source)
+                kept.append(k)
+                counts.append(count)
+            if plan.shortcut is not None:
+                p = params[-1]
+                k, count = _end(plan, plan.shortcut, p, x, None)
+                residual = _normalised(plan, plan.shortcut, p, k, x, None, "none")
+                kept.append(k)
+                counts.append(count)
+            elif plan.identity:
+                residual = x
+            n = len(plan.steps) - 1
+            k, argmax = kept[n], None
+            if plan.pool is None:
+                out = _normalised(plan, plan.steps[n], params[n], k, z, residual, plan.act)
+            else:
+                given = (k.y, k.scale, k.shift, *plan.pool, plan.act)
+                out, argmax = run("bn_act_maxpool_train", plan.engine, *given)
+        ctx.plan, ctx.counts = plan, counts
+        if plan.memory == "lean" and n > 0:
+            kept[0] = kept[0]._replace(y=None)
+        flat = [t for k in kept for t in k]
+        ctx.save_for_backward(x, out, argmax, *tensors, *flat)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, out, argmax, *rest = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        size = len(Params._fields) * (len(plan.steps) + (plan.shortcut is not None))
+        params, need = _params(rest[:size]), ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return (None, *composite_backward(plan, x, out, params, grad, need[1:]))
+        width = len(Kept._fields)
+        kept = [Kept(*rest[i : i + width]) for i in range(size, len(rest), width)]
+        backward = Backward(plan, params, kept, ctx.counts, need[1], _params(need[3:]))
+        with _plainly(x):
+            if plan.memory == "lean" and len(plan.steps) > 1:
+                kept[0] = kept[0]._replace(y=convolve(x, params[0], plan.steps[0]))
+            dx, dresidual, gradients = backward.walk(x, out, argmax, grad, need[2])
+        result: list[Any] = []
+        for p, wanted, d in zip(params, backward.wanted, gradients, strict=True):
+            for t, asked, value in zip(p[:4], wanted[:4], d, strict=True):
+                result.append(value.to(t.dtype) if asked and value is not None else None)  # type: ignore
+            result += [None, None]
+        return (None, dx, dresidual, *result)
+
+
+def _params(flat: Sequence[Any]) -> list[Params]:
+    width = len(Params._fields)
+    return [Params(*flat[i : i + width]) for i in range(0, len(flat), width)]

@@ -1,0 +1,260 @@
+"""The backward of :class:`fused_resnet.training.Chain`: from the chain's end to its input."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .plan import Kept, Params, Plan, Step, convolve
+from .statistics import run, sum_over
+
+#: Of a step: of its weight, bias, gamma and beta.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_NOTHING: Gradients = (None, None, None, None)
+
+
+def _channels(v: Tensor) -> Tensor:
+    return v.view(1, -1, 1, 1)
+
+
+def _convolution_backward(
+    g: Tensor, z: Tensor, weight: Tensor, step: Step, need_z: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if not need_z and not need_weight:
+        return None, None
+    geometry = (step.stride, step.padding, step.dilation, False, [0, 0], step.groups)
+    need = [need_z, need_weight, False]
+    dz, dw, _ = torch.ops.aten.convolution_backward(g, z, weight, None, *geometry, need)
+    return (dz if need_z else None), (dw if need_weight else None)
+
+
+class Backward(NamedTuple):
+    """One backward of a chain."""
+
+    plan: Plan
+    params: list[Params]
+    kept: list[Kept]
+    counts: list[float]
+    need_x: bool
+    wanted: list[Any]  #: Params of bools
+
+    def reaches(self, i: int) -> bool:
+        """Whether the input of step ``i`` needs a gradient, or anything before it."""
+        before = self.wanted[:i] if i < len(self.plan.steps) else []
+        return self.need_x or any(any(w[:4]) for w in before)
+
+    def activation(self, i: int, x: Tensor, values: bool = True) -> Tensor:
+        """The input of step ``i``, made again; without ``values``, anything of its shape."""
+        if i in (0, len(self.plan.steps)):
+            return x
+        k = self.kept[i - 1]
+        if not values:
+            return k.y  # type: ignore[return-value]
+        return run("bn_act", self.plan.engine, k.y, k.scale, k.shift, None, "relu")
+
+    def walk(
+        self, x: Tensor, out: Tensor, argmax: Tensor | None, grad: Tensor, need_residual: bool
+    ) -> tuple[Tensor | None, Tensor | None, list[Gradients]]:
+        """Gradients of x, of the residual, and of the steps and the shortcut."""
+        plan, n = self.plan, len(self.plan.steps) - 1
+        gradients: list[Gradients] = [_NOTHING] * len(self.params)
+        apart = need_residual or plan.identity or plan.shortcut is not None
+        g, sum_g = self._behind_activation(out, grad, apart or self.kept[n].y is None)
+        if plan.pool is not None:
+            dz, gradients[n] = self._pooled(x, out, argmax, grad)
+        elif self.kept[n].y is None:
+            z = self.activation(n, x)
+            dz, gradients[n] = self._linear(n, plan.steps[n], g, sum_g, z, self.reaches(n), n > 0)
+        elif apart:
+            dz, gradients[n] = self._raw(n, plan.steps[n], g, None, "none", x, False)
+        else:
+            dz, gradients[n] = self._raw(n, plan.steps[n], grad, out, plan.act, x, False)
+        for i in range(n - 1, -1, -1):
+            if dz is None:
+                break
+            dz, gradients[i] = self._raw(i, plan.steps[i], dz, None, "relu", x, True)
+        dx = dz if self.need_x else None
+        if plan.identity and dx is not None:
+            dx = dx.add_(g)
+        if plan.shortcut is not None and (self.need_x or any(self.wanted[-1][:4])):
+            dx, gradients[-1] = self._shortcut(g, sum_g, x, dx)
+        return dx, (g if need_residual else None), gradients
+
+    def _behind_activation(self, out: Tensor, grad: Tensor, needed: bool) -> tuple[Any, Any]:
+        """The gradient that has passed the last activation, and its sum per channel."""
+        if not needed:
+            return grad, None
+        if self.plan.act == "relu":
+            return run("relu_backward_reduce", self.plan.engine, grad, out)
+        return grad, grad.sum((0, 2, 3), dtype=self.kept[0].scale.dtype)
+
+    def _coefficients(
+        self, step: Step, k: Kept, count: float, dbeta: Tensor, dgamma: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b and c of ``dy = a g + b y + c``."""
+        a = k.scale
+        if not step.batch:
+            zero = torch.zeros_like(a)
+            return a, zero, zero
+        sum_g, sum_gx = sum_over(self.plan.group, dbeta, dgamma)
+        b = a * k.invstd * sum_gx * (-1 / count)
+        return a, b, a * sum_g * (-1 / count) - b * k.mean
+
+    def _raw(
+        self, i: int, step: Step, g: Tensor, out: Tensor | None, act: str, x: Tensor, own_g: bool
+    ) -> tuple[Tensor | None, Gradients]:
+        """Through a step whose raw output was kept; ``own_g``: g may be overwritten."""
+        engine, k, wanted = self.plan.engine, self.kept[i], self.wanted[i]
+        need_z = self.reaches(i)
+        dbeta = dgamma = None
+        if step.batch or wanted.gamma or wanted.beta:
+            sums = (k.y, out, k.scale, k.shift, k.mean, k.invstd, act)
+            dbeta, dgamma = run("bn_act_backward_reduce", engine, g, *sums)
+        if not need_z and not wanted.weight and not wanted.bias:
+            return None, (None, None, dgamma, dbeta)
+        a, b, c = self._coefficients(step, k, self.counts[i], dbeta, dgamma)  # type: ignore
+        y = k.y
+        if not step.batch:  # the gradient does not see y then, not even its NaN
+            if act == "relu" and out is None:
+                out = run("bn_act", engine, y, k.scale, k.shift, None, "relu")
+            y = None
+        given = (y, out, k.scale, k.shift, a, b, c, act)
+        if own_g:
+            run("bn_act_backward_", engine, g, *given)
+            dy = g
+        else:
+            dy = run("bn_act_backward", engine, g, *given)
+        dbias = dy.sum((0, 2, 3), dtype=a.dtype) if wanted.bias else None
+        z = self.activation(i, x, wanted.weight)
+        weight = self.params[i].weight.to(dy.dtype)
+        dz, dweight = _convolution_backward(dy, z, weight, step, need_z, wanted.weight)
+        return dz, (dweight, dbias, dgamma, dbeta)
+
+    def _linear(
+        self, i: int, step: Step, g: Tensor, sum_g: Tensor, z: Tensor, need_z: bool, own_z: bool
+    ) -> tuple[Tensor | None, Gradients]:
+        """Through a convolution whose output was never made; ``own_z``: z may be overwritten."""
+        p, k, wanted = self.params[i], self.kept[i], self.wanted[i]
+        weight, dtype = p.weight.to(z.dtype), k.scale.dtype
+        centred = z
+        if k.center is not None:
+            centre = _channels(k.center.to(z.dtype))
+            centred = z.sub_(centre) if own_z else z - centre
+        s: Any = None
+        if step.batch or wanted.weight or wanted.gamma:
+            _, s = _convolution_backward(g, centred, weight, step, False, True)
+            s = s.to(dtype)
+        if not step.batch:
+            a = _channels(k.scale).view(-1, 1, 1, 1)
+            dgamma = None
+            if wanted.gamma:
+                dgamma = k.invstd * ((weight.to(dtype) * s).sum((1, 2, 3)) - k.mean * sum_g)
+            dz, _ = _convolution_backward(g, z, (a * weight).to(z.dtype), step, need_z, False)
+            return dz, ((a * s if wanted.weight else None), None, dgamma, sum_g)
+        w, s, matrix, total = weight.flatten(1).to(dtype), s.flatten(1), k.matrix, k.total
+        dgamma = k.invstd * ((w * s).sum(1) - k.mean * sum_g)
+        a, b, c = self._coefficients(step, k, self.counts[i], sum_g, dgamma)
+        bw = b[:, None] * w
+        dweight = None
+        if wanted.weight:
+            dweight = torch.addcmul(bw @ matrix, a[:, None], s).addr_(c, total)  # type: ignore
+            dweight = dweight.view_as(weight)
+        if not need_z:
+            return None, (dweight, None, dgamma, sum_g)
+        aw = (a[:, None] * w).to(z.dtype).view_as(weight)
+        dz, _ = _convolution_backward(g, centred, aw, step, True, False)
+        back = (w.t() @ bw).to(z.dtype)[:, :, None, None]
+        ones = ([1, 1], [0, 0], [1, 1], 1, "none")
+        dz = run("conv_bn_act", self.plan.engine, centred, back, None, c @ w, dz, *ones)
+        return dz, (dweight, None, dgamma, sum_g)
+
+    def _pooled(
+        self, x: Tensor, out: Tensor, argmax: Tensor | None, grad: Tensor
+    ) -> tuple[Tensor | None, Gradients]:
+        """Through a chain of one step that ends in a max pooling."""
+        plan, k, wanted, step = self.plan, self.kept[0], self.wanted[0], self.plan.steps[0]
+        geometry = plan.pool[:4]  # type: ignore[index]
+        given = (out, argmax, k.y)
+        dbeta, dgamma = run(
+            "bn_act_maxpool_backward_reduce", plan.engine, grad, *given, k.mean, k.invstd,
+            *geometry, plan.act,
+        )  # fmt: skip
+        if not self.need_x and not wanted.weight and not wanted.bias:
+            return None, (None, None, dgamma, dbeta)
+        a, b, c = self._coefficients(step, k, self.counts[0], dbeta, dgamma)
+        dy = run("bn_act_maxpool_backward", plan.engine, grad, *given, a, b, c, *geometry, plan.act)
+        dbias = dy.sum((0, 2, 3), dtype=a.dtype) if wanted.bias else None
+        weight = self.params[0].weight.to(dy.dtype)
+        dx, dweight = _convolution_backward(dy, x, weight, step, self.need_x, wanted.weight)
+        return dx, (dweight, dbias, dgamma, dbeta)
+
+    def _shortcut(
+        self, g: Tensor, sum_g: Tensor, x: Tensor, dx: Tensor | None
+    ) -> tuple[Tensor | None, Gradients]:
+        """Through the shortcut's convolution; its gradient of x is added to ``dx``."""
+        i = len(self.plan.steps)
+        k, step, stride = self.kept[i], self.plan.shortcut, self.plan.shortcut.stride  # type: ignore
+        if k.y is not None or k.center is None or stride == [1, 1]:
+            if k.y is not None:
+                d, gradients = self._raw(i, step, g, None, "none", x, False)  # type: ignore
+            else:
+                d, gradients = self._linear(i, step, g, sum_g, x, self.need_x, False)  # type: ignore
+            return (d if d is None or dx is None else dx.add_(d)), gradients
+        # Only every stride-th position takes part.
+        part = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
+        dense = step._replace(stride=[1, 1])  # type: ignore
+        d, gradients = self._linear(i, dense, g, sum_g, part, self.need_x, True)
+        if d is None:
+            return dx, gradients
+        dx = torch.zeros_like(x) if dx is None else dx
+        dx[:, :, :: stride[0], :: stride[1]].add_(d)
+        return dx, gradients
+
+
+def composite_backward(
+    plan: Plan, x: Tensor, out: Tensor, params: list[Params], grad: Tensor, need: Any
+) -> list[Tensor | None]:
+    """The same gradients as differentiable functions of everything, for double backward.
+
+    Recomputes the chain from its input in plain torch, batch statistics included.
+    """
+    if plan.group is not None:
+        raise NotImplementedError("SyncBatchNorm: a second derivative is not available")
+    flat = [t for p in params for t in p]
+    with torch.enable_grad():
+        y = _before_activation(plan, x, params)
+        if plan.pool is not None:
+            y = torch.relu(y) if plan.act == "relu" else y
+            size, stride, padding, dilation, ceil_mode = plan.pool
+            y = F.max_pool2d(y, size, stride, padding, dilation, ceil_mode)
+            g = grad
+        else:
+            # Past a ReLU, the gradient is where its output is not zero, whatever was added.
+            g = torch.where(out.detach() <= 0, 0, grad) if plan.act == "relu" else grad
+        asked = [
+            t for t, wanted in zip((x, None, *flat), need, strict=True) if wanted and t is not None
+        ]
+        found = iter(torch.autograd.grad(y, asked, g, create_graph=True, allow_unused=True))
+        result = [
+            next(found) if w and t is not None else None
+            for t, w in zip((x, None, *flat), need, strict=True)
+        ]
+    if need[1]:
+        result[1] = g
+    if plan.identity and need[0]:
+        result[0] = result[0] + g  # type: ignore[operator]
+    return result
+
+
+def _before_activation(plan: Plan, x: Tensor, params: list[Params]) -> Tensor:
+    def step(z: Tensor, s: Step, p: Params) -> Tensor:
+        y = convolve(z, p, s)
+        if s.batch:
+            return F.batch_norm(y, None, None, p.gamma, p.beta, True, 0.0, s.eps)
+        return F.batch_norm(y, p.running_mean, p.running_var, p.gamma, p.beta, False, 0.0, s.eps)
+
+    y = x
+    for i, (s, p) in enumerate(zip(plan.steps, params, strict=False)):
+        y = step(torch.relu(y) if i else y, s, p)
+    return y if plan.shortcut is None else y + step(x, plan.shortcut, params[-1])
