@@ -176,7 +176,7 @@ def torch_act(y: Tensor, act: str) -> Tensor:
 
 # --- Comparing. ---
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(t: Tensor) -> Tensor:

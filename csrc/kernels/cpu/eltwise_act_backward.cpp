@@ -48,7 +48,7 @@ void backward(const EltwiseActBackwardArgs& args, const Pool& pool) {
 }  // namespace
 
 Status eltwise_act_backward(const EltwiseActBackwardArgs& args, const Pool& pool) {
-  if (args.count < 1 || (args.act == Act::relu && !args.out)) return Status::unsupported;
+  if (args.count < 1) return Status::unsupported;
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
     switch (args.op) {

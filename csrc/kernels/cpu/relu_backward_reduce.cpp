@@ -4,7 +4,6 @@ FR_NAMESPACE_BEGIN
 
 Status relu_backward_reduce(const ReluBackwardReduceArgs& args, const Pool& pool) {
   const MaskedGrad& in = args.in;
-  if (in.act != Act::relu || !in.out) return Status::unsupported;
   return dispatch(in.dtype, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
