@@ -5,17 +5,18 @@ needed the formulas of :mod:`fused_resnet.reference` run instead, which autograd
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, engines
+from . import autograd, checks, engines
 from .conditions import needs_grad
 
 __all__ = [
     "add_act",
+    "batch_norm_act",
     "bn_act",
     "bn_act_maxpool",
     "bn_scale_shift",
@@ -46,6 +47,15 @@ def _check_image(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: expected 4D input (got {x.dim()}D input)")
 
 
+# Ops whose gradient is fused too, called as their schema has it, after the engine.
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "eltwise_act": lambda engine, inputs, op, coeff, act: autograd.EltwiseAct.apply(
+        op, coeff, act, engine, *inputs
+    ),
+    "bn_act": lambda engine, *args: autograd.BnAct.apply(*args, engine),
+}
+
+
 def _run(op: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
     """Choose an engine for ``op`` by its first tensor, and call it; tensors may need gradients."""
     x = tensors[0]
@@ -53,7 +63,14 @@ def _run(op: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
         got = "None" if x is None else x.dtype
         raise NotImplementedError(f"{op}: input must be a floating point tensor, got {got}")
     wished = engines.wish()
-    if needs_grad(tensors):
+    function = _FUNCTIONS.get(op)
+    recorded = needs_grad(tensors)
+    if recorded and function is not None and wished != "reference" and not autograd.transformed():
+        engine = engines.choose(op, x.device.type, x.dtype, wished)
+        if engine != "reference":
+            checks.arguments(op, *args)
+            return function(engine, *args)
+    if recorded:
         if wished not in ("auto", "reference"):
             raise engines.EngineError(
                 f"{op}: engine {wished!r} has no backward for it; an input requires grad"
@@ -201,6 +218,59 @@ def bn_act(
         checks.residual(name, residual, x, x.shape)
         return add_act(bn_act(x, scale, shift), residual, act)
     return _run(name, (x, scale, shift, residual), x, scale, shift, residual, act)
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    r"""BatchNorm, a residual and an activation, with batch statistics in training.
+
+    .. math:: y = act((x - \mu_c) / \sqrt{\sigma^2_c + \epsilon} \cdot \gamma_c + \beta_c + r)
+
+    Args:
+        x, running_mean, running_var, weight, bias, training, momentum, eps: as in
+            :func:`torch.nn.functional.batch_norm`; running statistics are updated in training.
+        residual: added before the activation; broadcasts and promotes as in :func:`torch.add`.
+        act: ``"none"`` or ``"relu"``.
+
+    Returns:
+        A tensor of x's shape, dtype and memory format, rounded once.
+
+    Raises:
+        ValueError, RuntimeError: as torch's function.
+    """
+    name = "batch_norm_act"
+    check_act(name, act)
+    vectors = (running_mean, running_var, weight, bias)
+    tensors = (x, weight, bias, residual)
+    wished = engines.wish()
+    if autograd.batch_norm_obstacle(x, vectors, training, eps) is not None or (
+        (engine := engines.choose("bn_stats", x.device.type, x.dtype, wished)) == "reference"
+        and needs_grad(tensors)
+    ):
+        return autograd.batch_norm_act_of_torch(x, *vectors, residual, training, momentum, eps, act)
+    if not training and not needs_grad(tensors):
+        scale, shift = bn_scale_shift(running_mean, running_var, weight, bias, eps)  # type: ignore[arg-type]
+        return bn_act(x, scale, shift, residual, act)
+    settings = (training, momentum, eps)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        checks.residual(name, residual, x, x.shape)
+        y = autograd.BatchNormAct.apply(
+            x, weight, bias, None, running_mean, running_var, *settings, "none", engine
+        )
+        return add_act(y, residual, act)
+    return autograd.BatchNormAct.apply(
+        x, weight, bias, residual, running_mean, running_var, *settings, act, engine
+    )
 
 
 def bn_act_maxpool(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import engines, functional
-from .conditions import needs_grad, norm_takes, obstacle, recording, trains, uses_batch_statistics
+from .conditions import obstacle, recording, trains, uses_batch_statistics
 from .plan import Params, Plan, Pool, Step
 from .training import Chain
 
@@ -150,24 +150,30 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        tensors = (input, self.weight, self.bias, residual)
-        # torch decides what eps may be, and reports it.
-        if (
-            uses_batch_statistics(self)
-            or self.running_mean is None
-            or self.running_var is None
-            or self.eps <= 0
-            or not norm_takes(self, input.dtype)
-            or self.running_var.shape != input.shape[1:2]
-            or self.running_mean.shape != input.shape[1:2]
-            or recording() is not None
-            or needs_grad(tensors)
-        ):
+        if recording() is not None:
             y = super().forward(input)
             y = y if residual is None else y + residual
             return F.relu(y) if self.act == "relu" else y
+        # What torch's own forward does before it calls the function.
         self._check_input_dim(input)
-        return functional.bn_act(input, *scale_shift(self), residual, self.act)
+        factor = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        keeps = not self.training or self.track_running_stats
+        return functional.batch_norm_act(
+            input,
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            self.weight,
+            self.bias,
+            residual,
+            self.training or (self.running_mean is None and self.running_var is None),
+            factor,
+            self.eps,
+            self.act,
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"

@@ -137,8 +137,8 @@ def bn_act_maxpool_train(
     """:func:`bn_act_maxpool` and where in its window each maximum is: ``kh * kernel_w + kw``."""
     y = x.to(accumulation_dtype(x.dtype))
     y = _act(y * _per_channel(scale, y) + _per_channel(shift, y), act)
-    geometry = [list(pair) for pair in (kernel_size, stride, padding, dilation)]
-    out, place = F.max_pool2d(y, *geometry, ceil_mode=ceil_mode, return_indices=True)
+    k, s, p, d = (list(pair) for pair in (kernel_size, stride, padding, dilation))
+    out, place = F.max_pool2d(y, k, s, p, d, ceil_mode=ceil_mode, return_indices=True)
     position = []
     for i, at in enumerate((place // x.size(3), place % x.size(3))):
         steps = torch.arange(out.size(2 + i), device=x.device) * stride[i] - padding[i]
