@@ -10,6 +10,7 @@ from .convert import fuse, report, unfuse
 from .engines import use_engine
 from .freeze import freeze
 from .modules import AddAct, BatchNormAct2d, ConvBNAct2d
+from .sync_batch_norm import SyncBatchNorm
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNormAct2d",
     "Bottleneck",
     "ConvBNAct2d",
+    "SyncBatchNorm",
     "engines",
     "freeze",
     "functional",

@@ -14,10 +14,11 @@ from torch.nn.modules import module as nn_module
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import engines
+from .sync_batch_norm import SyncBatchNorm, group_of
 
 # Modules are typed Any below: nn.Module's attributes are Tensor | Module to a type checker.
 
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm, FrozenBatchNorm2d)
 
 
 def hooked(m: nn.Module) -> bool:
@@ -115,9 +116,10 @@ def _training_obstacle(pairs: Sequence[tuple[Any, Any]], x: Tensor) -> str | Non
     for _, bn in pairs:
         if any(t is not None and t.requires_grad for t in (bn.running_mean, bn.running_var)):
             return "bn: its running statistics require grad"
-        if type(bn) is nn.SyncBatchNorm and torch.compiler.is_compiling():
+        synchronised = group_of(bn) is not None
+        if synchronised and torch.compiler.is_compiling():
             return "bn: processes are synchronised, inside a compiled program"
-        if not x.numel() and uses_batch_statistics(bn) and type(bn) is not nn.SyncBatchNorm:
+        if not x.numel() and uses_batch_statistics(bn) and not synchronised:
             return "the batch is empty"
     return None
 

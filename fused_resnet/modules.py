@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import engines, functional
 from .conditions import obstacle, recording, trains, uses_batch_statistics
 from .plan import Params, Plan, Pool, Step
+from .sync_batch_norm import group_of
 from .training import Chain
 
 
@@ -67,8 +67,9 @@ def chain(
         step, params = _step(conv, bn)
         steps.append(step)
         tensors += params
+    group = next((g for _, bn in every if (g := group_of(bn)) is not None), None)
     own = steps.pop() if shortcut is not None else None
-    plan = Plan(tuple(steps), own, identity, act, pool, engines.wish(), _group(every), memory)
+    plan = Plan(tuple(steps), own, identity, act, pool, engines.wish(), group, memory)
     return Chain.apply(plan, _as_autocast(x), residual, *tensors)
 
 
@@ -98,14 +99,6 @@ def _step(conv: nn.Conv2d, bn: Any) -> tuple[Step, Params]:
         Step(*geometry_of(conv), bn.eps, batch, momentum),
         Params(conv.weight, conv.bias, bn.weight, bn.bias, mean, var),
     )
-
-
-def _group(pairs: Sequence[tuple[Any, Any]]) -> Any:
-    """The processes whose batches count as one."""
-    for _, bn in pairs:
-        if isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_initialized():
-            return bn.process_group or dist.group.WORLD
-    return None
 
 
 def convolve(

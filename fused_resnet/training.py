@@ -62,18 +62,21 @@ def _finalize(
 
     ``offset``: what the mean in ``own`` is taken about; the mean that is returned is too.
     """
+    if offset is not None:  # each process has its own
+        own = own._replace(mean=own.mean + offset)
     whole = statistics.combine(own, plan.group)
     if whole.values <= 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {like.shape}"
         )
     dtype = accumulation_dtype(like.dtype)
-    mean = (whole.mean if offset is None else whole.mean + offset).to(dtype)
+    mean = whole.mean.to(dtype)
     scale, shift, invstd = run(
         "bn_finalize", plan.engine, mean, whole.m2.to(dtype), whole.values, p.gamma, p.beta,
         p.running_mean, p.running_var, step.momentum, step.eps,
     )  # fmt: skip
-    return (scale, shift, whole.mean.to(dtype), invstd), whole.values
+    about = mean if offset is None else (whole.mean - offset).to(dtype)
+    return (scale, shift, about, invstd), whole.values
 
 
 def _centre(p: Params | None, z: Tensor, engine: str) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .plan import Kept, Params, Plan, Step, convolve
-from .statistics import run, sum_over
+from .statistics import count_of, run, sum_over
 
 #: Of a step: of its weight, bias, gamma and beta.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -159,6 +159,9 @@ class Backward(NamedTuple):
         dweight = None
         if wanted.weight:
             dweight = torch.addcmul(bw @ matrix, a[:, None], s).addr_(c, total)  # type: ignore
+            if self.plan.group is not None:  # dy sums to zero over all processes, not over one
+                sum_dy = a * sum_g + b * (w @ total) + c * count_of(g)  # type: ignore
+                dweight.addr_(sum_dy, k.center)  # type: ignore
             dweight = dweight.view_as(weight)
         if not need_z:
             return None, (dweight, None, dgamma, sum_g)
