@@ -62,7 +62,7 @@ clean:
 .venv/.ready: $(CONSTRAINTS) pyproject.toml
 	$(SYSTEM_PYTHON) -m venv .venv
 	$(PY) -m pip install -c $(CONSTRAINTS) setuptools torch pybind11 ninja
-	$(PY) -m pip install -c $(CONSTRAINTS) --no-build-isolation -e '.[bench,demo,dev,test]'
+	$(PY) -m pip install -c $(CONSTRAINTS) --no-build-isolation -e '.[bench,demo,dev,examples,test]'
 	touch $@
 
 .venv-oldest/.ready: $(CONSTRAINTS) pyproject.toml
@@ -70,7 +70,7 @@ clean:
 	grep -v $(NEWEST_ONLY:%=-e '^%') $(CONSTRAINTS) > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install -c .venv-oldest/constraints.txt $(OLDEST) pybind11 ninja
 	.venv-oldest/bin/python -m pip install -c .venv-oldest/constraints.txt \
-	  --no-build-isolation -e '.[demo,test]'
+	  --no-build-isolation -e '.[demo,examples,test]'
 	touch $@
 
 build/ready%: pyproject.toml
