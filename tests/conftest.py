@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+import training
 
 import fused_resnet
 from fused_resnet import _C
@@ -120,3 +121,17 @@ def poisoned():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Runs the example scripts."""
+    server = training.Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """A folder of images, two classes."""
+    return training.make_images(tmp_path_factory.mktemp("images"))
