@@ -221,14 +221,13 @@ struct Conv {
         packed && weight_bytes <= kCachedWeightBytes && panel_end - panel_begin == panels.count;
     const int64_t blocks = taps() * ((depth() + kBlock - 1) / kBlock);
     const int64_t panel_bytes = tile_panels * panels.elements() * sizeof(E) / (tiles * blocks);
-    const int64_t tile_bytes = tile_rows * s.out_channels * sizeof(T);
-    const int64_t output_bytes =
-        whole_pixels ? tile_panels * tile_bytes / (blocks * panels.count) : 0;
     const bool padded = source == Source::in_place && (s.padding[0] > 0 || s.padding[1] > 0);
     TileArgs<T> a{};
     a.taps = taps();
     a.depth = depth();
     a.pixel = s.out_channels;
+    a.ahead = whole_pixels ? tile_rows * s.out_channels : 0;
+    a.ahead_pixels = (tile_rows + blocks - 1) / blocks;
     a.act = args.act;
     auto one = [&](int64_t p, int64_t t) FR_LAMBDA {
       const E* weights = packed ? packed + p * panels.elements() : own.data;
@@ -247,26 +246,17 @@ struct Conv {
       a.columns = s.out_channels - c;
       // The processor does not see these coming. The first panel brings in the input, where it was
       // not copied; later ones find it in the cache.
-      const bool last = t + 1 == tiles;
       if (packed && !whole_pixels && p + tile_panels < panel_end)
         a.next_panel = {reinterpret_cast<const char*>(weights + tile_panels * panels.elements()) +
                             t * blocks * panel_bytes,
                         panel_bytes};
       else
         a.next_panel.bytes = 0;
-      if (source == Source::in_place && panels.taps == 1 && p == panel_begin && !last)
+      if (source == Source::in_place && panels.taps == 1 && p == panel_begin && t + 1 < tiles)
         a.next_input = {reinterpret_cast<const char*>(a.rows[tile_rows]),
                         tile_rows * kBlock * kPer<T> * static_cast<int64_t>(sizeof(E))};
       else
         a.next_input.bytes = 0;
-      if (output_bytes) {
-        const int64_t next = (first + tile_rows) * a.pixel * static_cast<int64_t>(sizeof(T)) +
-                             (tile_panels == 2 ? p >> 1 : p) * blocks * output_bytes;
-        a.next_output = {static_cast<const char*>(args.out) + next, last ? 0 : output_bytes};
-        if (args.residual)
-          a.next_residual = {static_cast<const char*>(args.residual) + next,
-                             last ? 0 : output_bytes};
-      }
       if (tile_panels == 2)
         p + 1 < panel_end ? tile<T, kWideRows, 2 * kMaxVecs, true>(a)
                           : tile<T, kWideRows, kMaxVecs, true>(a);

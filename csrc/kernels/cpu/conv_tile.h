@@ -18,17 +18,10 @@ constexpr int64_t kBlock = 16;
 enum Reach : uint8_t { kAll, kNotFirst, kNotLast, kNone };
 
 // Memory to prefetch while a tile is computed: so many bytes from `at` on for each kBlock steps.
-struct Ahead {
+struct Stream {
   const char* at;
   int64_t bytes;
 };
-
-template <int kWrite>
-FR_VEC void prefetch(Ahead& ahead) {
-  for (int64_t line = 0; line < ahead.bytes; line += 64)
-    __builtin_prefetch(ahead.at + line, kWrite, 3);
-  ahead.at += ahead.bytes;
-}
 
 template <class T>
 struct TileArgs {
@@ -42,26 +35,59 @@ struct TileArgs {
   const A* shift;
   const T* residual;
   T* out;
-  int64_t pixel;    // elements from one output pixel to the next
+  int64_t pixel;  // elements from one output pixel to the next
+  int64_t ahead;  // and to the output that is to be prefetched, so many pixels at a time
+  int64_t ahead_pixels;
   int64_t count;    // pixels there are, of the tile's kR
   int64_t columns;  // channels there are, of the tile's kV vectors
   Act act;
-  Ahead next_panel, next_input, next_output, next_residual;
+  Stream next_panel, next_input;
+};
+
+// What is prefetched while a tile is computed, a part every kBlock steps: all at once would hold up
+// the weights. The processor does not see these coming; output and residual lie in pieces.
+template <class T>
+struct Ahead {
+  Stream panel, input;
+  const T* out;
+  const T* residual;
+  int64_t pixel, pixels;
+
+  FR_LAMBDA explicit Ahead(const TileArgs<T>& t)
+      : panel(t.next_panel),
+        input(t.next_input),
+        out(t.out + t.ahead),
+        residual(t.residual ? t.residual + t.ahead : out),
+        pixel(t.pixel),
+        pixels(t.ahead_pixels) {}
+
+  template <int kWidth>
+  FR_LAMBDA void prefetch() {
+    // A panel is more than the first-level cache holds.
+    for (int64_t line = 0; line < panel.bytes; line += 64)
+      __builtin_prefetch(panel.at + line, 0, 2);
+    for (int64_t line = 0; line < input.bytes; line += 64)
+      __builtin_prefetch(input.at + line, 0, 3);
+    panel.at += panel.bytes;
+    input.at += input.bytes;
+    for (int64_t i = 0; i < pixels; ++i, out += pixel, residual += pixel)
+      for (int64_t c = 0; c < kWidth; c += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(out + c, 1, 3);
+        __builtin_prefetch(residual + c, 0, 3);
+      }
+  }
 };
 
 // sum[r][:] += row[r][k] * panel[k][:], for rows kFrom to kTo and `steps` k.
 template <class T, int kR, int kV, int kFrom, int kTo>
 FR_VEC void multiply(Vec<Acc<T>> (&sum)[kR][kV], const Element<T>* const (&row)[kR], int64_t steps,
-                     const Element<T>* const* panel, Ahead* ahead) {
+                     const Element<T>* const* panel, Ahead<T>& ahead) {
   constexpr int kWidth = kMaxVecs < kV ? kMaxVecs : kV;
   const Element<T>* first = panel[0];
   const Element<T>* second = panel[1];
   const int64_t end = steps * kPer<T>;
   for (int64_t k = 0; k < end;) {
-    prefetch<0>(ahead[0]);
-    prefetch<0>(ahead[1]);
-    prefetch<0>(ahead[2]);
-    prefetch<1>(ahead[3]);
+    ahead.template prefetch<kV * kLanes<Acc<T>>>();
     const int64_t stop = end - k < kBlock * kPer<T> ? end : k + kBlock * kPer<T>;
     for (; k < stop; k += kPer<T>) {
       Vec<Acc<T>> w[kV];
@@ -153,7 +179,7 @@ __attribute__((noinline)) void sum_up(const TileArgs<T>& t, Acc<T>* memory) {
       }
     first = false;
   };
-  Ahead ahead[4] = {t.next_panel, t.next_input, t.next_residual, t.next_output};
+  Ahead<T> ahead(t);
   const Element<T>* panel[2] = {t.panel[0], t.panel[1]};
   int64_t room = kSumSteps;
   for (int64_t tap = 0; tap < t.taps; ++tap) {
