@@ -21,6 +21,7 @@ from .conditions import BATCH_NORMS, hooked, obstacle, trains
 from .frozen_conv import FrozenConv
 from .modules import chain, conv_bn, convolve, pair_scale_shift
 from .plan import Pool
+from .reference import accumulation_dtype
 
 if TYPE_CHECKING:  # every fused class is a module too; its bases bring nn.Module in
     _Base = Any
@@ -197,15 +198,20 @@ class Stem(Fused):
         """``maxpool(relu(bn1(conv1(x))))``: the convolution's output is read once, as it is."""
         pool = self.maxpool
         if self.frozen_pairs is not None:
-            return pool(self.pair(self.frozen_pairs[0], x))
-        if self.trains(x):
+            y, act = self.pair(self.frozen_pairs[0], x), "none"
+            # Nothing is left to do but to pool, in which ours is twice as fast as torch.
+            scale = y.new_ones(y.size(1), dtype=accumulation_dtype(y.dtype))
+            shift = torch.zeros_like(scale)
+        elif self.trains(x):
             sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
             kernel, stride, padding, dilation = (list(_pair(size)) for size in sizes)
             pooling = Pool(kernel, stride, padding, dilation, pool.ceil_mode)
             return chain([(self.conv1, self.bn1)], x, pool=pooling, memory=self.memory)
-        scale, shift = pair_scale_shift(self.conv1, self.bn1)
+        else:
+            y, act = convolve(self.conv1, x), "relu"
+            scale, shift = pair_scale_shift(self.conv1, self.bn1)
         return functional.bn_act_maxpool(
-            convolve(self.conv1, x),
+            y,
             scale,
             shift,
             pool.kernel_size,
@@ -213,6 +219,7 @@ class Stem(Fused):
             pool.padding,
             pool.dilation,
             pool.ceil_mode,
+            act,
         )
 
 

@@ -11,6 +11,8 @@ from . import vendor
 from .modules import geometry_of, pair_scale_shift
 from .reference import accumulation_dtype
 
+_CONV_BN_ACT = torch.ops.fused_resnet.conv_bn_act.default
+
 #: A layer is folded only where every folded weight is within this of its float64 value, relative to
 #: the largest of its channel. Overflow, NaN and vanishing scales fall outside.
 FOLD_BOUND = 2.0**-22
@@ -63,7 +65,8 @@ class FrozenConv(nn.Module):
         return self.scale is None
 
     def forward(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> Tensor:
-        args = (x, self.weight, self.scale, self.shift, residual, *self.geometry, act)
+        own = self._buffers  # past nn.Module.__getattr__, which is slow
+        args: Any = (x, own["weight"], own["scale"], own["shift"], residual, *self.geometry, act)
         # Compiled and exported programs carry plain weights only.
         if torch.compiler.is_compiling():
             return torch.ops.fused_resnet.conv_bn_act(*args)
@@ -71,7 +74,11 @@ class FrozenConv(nn.Module):
             return vendor.conv_bn_act(*args)
         if self._packed is None:
             self._packed = torch.ops.fused_resnet.conv_pack(self.weight, self.geometry[3])
-        return torch.ops.fused_resnet.conv_bn_act(*args, self._packed)
+        if torch.is_grad_enabled():
+            return _CONV_BN_ACT(*args, self._packed)
+        # The dispatch key that would ask for gradients, in Python, is skipped.
+        with torch._C._AutoDispatchBelowAutograd():
+            return _CONV_BN_ACT(*args, self._packed)
 
     def tune(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> None:
         """Move this layer to the vendor if that is clearly faster on ``x``."""

@@ -18,7 +18,6 @@ CHOICES = {
     # (op, device, dtype, wish, channels_last): engine, or the error and words of it
     ("conv_bn_act", "cpu", torch.float32, "auto", True): "native",
     ("conv_bn_act", "cpu", torch.float32, "auto", False): "vendor",
-    ("conv_bn_act", "cpu", torch.bfloat16, "auto", True): "native",
     ("bn_act", "cpu", torch.float16, "auto", True): "native",
     ("bn_act", "cpu", torch.float64, "auto", False): "native",
     ("bn_scale_shift", "cpu", torch.float32, "auto", False): "native",
@@ -46,6 +45,16 @@ def test_choose(asked, answer):
         error, words = answer
         with pytest.raises(error, match=words):
             choose(*asked)
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_bf16_goes_to_matrix_units(has, monkeypatch):
+    """Which torch's convolution uses and ours does not."""
+    monkeypatch.setattr(engines, "_HAS_MATRIX_UNITS", has)
+    chosen = "vendor" if has else "native"
+    assert choose("conv_bn_act", "cpu", torch.bfloat16) == chosen
+    assert choose("conv_bn_act", "cpu", torch.float32) == "native"
+    assert choose("bn_act", "cpu", torch.bfloat16) == "native"
 
 
 def test_choose_is_pure():

@@ -32,6 +32,7 @@ std::vector<std::string> cpu_features() {
   FEATURE("avx512vl")
   FEATURE("avx512vnni")
   FEATURE("avx512bf16")
+  FEATURE("amx-bf16")
 #undef FEATURE
 #endif
   return found;

@@ -21,14 +21,17 @@ FR_NAMESPACE_BEGIN
 constexpr int kRows = 14;
 constexpr int kMaxVecs = 2;
 constexpr int kWideRows = 7;
+constexpr int kRegisterBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kRows = 6;
 constexpr int kMaxVecs = 1;
 constexpr int kWideRows = 3;
+constexpr int kRegisterBytes = 32;
 #else
 constexpr int kRows = 3;
 constexpr int kMaxVecs = 1;
 constexpr int kWideRows = 1;
+constexpr int kRegisterBytes = 16;
 #endif
 
 // What a convolution of T multiplies, as it lies in packed weights and in copied input: T itself
@@ -52,28 +55,41 @@ constexpr int kPer = sizeof(Acc<T>) / sizeof(Element<T>);
 template <class T>
 constexpr int kVecElements = kLanes<Acc<T>> * kPer<T>;
 
-// One step's weights, one step's input in every lane, and their product. A vector of pairs is held
-// as the bits of a vector of accumulators.
+// What accumulates: one register. A vector of several would be kept in memory by GCC.
+template <class A>
+struct RegisterOf {
+  using type = float __attribute__((vector_size(kRegisterBytes)));
+};
+template <>
+struct RegisterOf<double> {
+  using type = double __attribute__((vector_size(kRegisterBytes)));
+};
 template <class T>
-FR_VEC Vec<Acc<T>> load_step(const Element<T>* p) {
-  Vec<Acc<T>> v;
-  __builtin_memcpy(&v, p, 64);
+using Register = typename RegisterOf<Acc<T>>::type;
+constexpr int kRegisters = 64 / kRegisterBytes;  // of a vector
+
+// One step's weights, one step's input in every lane, and their product. A register of pairs is
+// held as the bits of accumulators.
+template <class T, class P>
+FR_VEC Register<T> load_register(const P* p) {
+  Register<T> v;
+  __builtin_memcpy(&v, p, kRegisterBytes);
   return v;
 }
 
 template <class T>
-FR_VEC Vec<Acc<T>> splat_step(const Element<T>* p) {
+FR_VEC Register<T> splat_step(const Element<T>* p) {
   if constexpr (kPer<T> == 1) {
-    return splat(*p);
+    return *p - Register<T>{};
   } else {
     uint32_t pair;
     __builtin_memcpy(&pair, p, 4);
-    return (VecF)(pair - VecU32{});
+    return (Register<T>)(pair - VecU32{});
   }
 }
 
 template <class T>
-FR_VEC void multiply_add(Vec<Acc<T>>& sum, Vec<Acc<T>> x, Vec<Acc<T>> w) {
+FR_VEC void multiply_add(Register<T>& sum, Register<T> x, Register<T> w) {
 #if defined(__AVX512BF16__)
   if constexpr (kPer<T> == 2) {
     sum = (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);

@@ -80,8 +80,8 @@ struct Ahead {
 
 // sum[r][:] += row[r][k] * panel[k][:], for rows kFrom to kTo and `steps` k.
 template <class T, int kR, int kV, int kFrom, int kTo>
-FR_VEC void multiply(Vec<Acc<T>> (&sum)[kR][kV], const Element<T>* const (&row)[kR], int64_t steps,
-                     const Element<T>* const* panel, Ahead<T>& ahead) {
+FR_VEC void multiply(Register<T> (&sum)[kR][kV * kRegisters], const Element<T>* const (&row)[kR],
+                     int64_t steps, const Element<T>* const* panel, Ahead<T>& ahead) {
   constexpr int kWidth = kMaxVecs < kV ? kMaxVecs : kV;
   const Element<T>* first = panel[0];
   const Element<T>* second = panel[1];
@@ -90,10 +90,11 @@ FR_VEC void multiply(Vec<Acc<T>> (&sum)[kR][kV], const Element<T>* const (&row)[
     ahead.template prefetch<kV * kLanes<Acc<T>>>();
     const int64_t stop = end - k < kBlock * kPer<T> ? end : k + kBlock * kPer<T>;
     for (; k < stop; k += kPer<T>) {
-      Vec<Acc<T>> w[kV];
-#pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v)
-        w[v] = load_step<T>((v < kWidth ? first : second) + v % kWidth * kVecElements<T>);
+      Register<T> w[kV * kRegisters];
+#pragma GCC unroll 8
+      for (int v = 0; v < kV * kRegisters; ++v)
+        w[v] = load_register<T>((v < kWidth * kRegisters ? first : second) +
+                                v % (kWidth * kRegisters) * (kVecElements<T> / kRegisters));
       // Too far ahead for the processor's own prefetching, which works page by page.
 #pragma GCC unroll 2
       for (int v = 0; v < kWidth; ++v) {
@@ -103,9 +104,9 @@ FR_VEC void multiply(Vec<Acc<T>> (&sum)[kR][kV], const Element<T>* const (&row)[
       }
 #pragma GCC unroll 16
       for (int r = kFrom; r < kTo; ++r) {
-        const Vec<Acc<T>> x = splat_step<T>(row[r] + k);
-#pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v) multiply_add<T>(sum[r][v], x, w[v]);
+        const Register<T> x = splat_step<T>(row[r] + k);
+#pragma GCC unroll 8
+        for (int v = 0; v < kV * kRegisters; ++v) multiply_add<T>(sum[r][v], x, w[v]);
       }
       first += kWidth * kVecElements<T>;
       if constexpr (kV > kWidth) second += kWidth * kVecElements<T>;
@@ -166,16 +167,17 @@ template <class T, int kR, int kV, bool kPadded>
 __attribute__((noinline)) void sum_up(const TileArgs<T>& t, Acc<T>* memory) {
   using A = Acc<T>;
   constexpr int64_t kStep = (kMaxVecs < kV ? kMaxVecs : kV) * kVecElements<T>;
-  Vec<A> sum[kR][kV] = {};
+  Register<T> sum[kR][kV * kRegisters] = {};
   bool first = true;
   auto add_up = [&]() FR_LAMBDA {
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) {
-        A* at = memory + (r * kV + v) * kLanes<A>;
-        store(at, first ? sum[r][v] : load(at) + sum[r][v]);
-        sum[r][v] = Vec<A>{};
+#pragma GCC unroll 8
+      for (int v = 0; v < kV * kRegisters; ++v) {
+        A* at = memory + (r * kV * kRegisters + v) * (kLanes<A> / kRegisters);
+        if (!first) sum[r][v] += load_register<T>(at);
+        __builtin_memcpy(at, &sum[r][v], kRegisterBytes);
+        sum[r][v] = Register<T>{};
       }
     first = false;
   };
