@@ -164,12 +164,8 @@ class BatchNormAct(torch.autograd.Function):
         engine: str,
     ) -> Tensor:
         if training:
-            mean, m2 = _call("bn_stats", engine, x)
-            count = float(x.numel() // x.size(1))
-            scale, shift, invstd = _call(
-                "bn_finalize",
-                engine,
-                *(mean, m2, count, weight, bias, running_mean, running_var, momentum, eps),
+            mean, invstd, scale, shift = _batch_statistics(
+                x, weight, bias, running_mean, running_var, momentum, eps, engine
             )
         else:
             dtype = accumulation_dtype(x.dtype)
@@ -205,7 +201,9 @@ class BatchNormAct(torch.autograd.Function):
             needed = ctx.needs_input_grad[:4]
             results = [r if n else None for r, n in zip(results, needed, strict=True)]
             return (*results, *[None] * 7)
-        g, sum_g, sum_gx, dx = grad, None, None, None
+        g, dx = grad, None
+        sum_g: Any = None
+        sum_gx: Any = None
         if act == "relu" and (need_residual or (need_bias and x is None)):
             g, sum_g = _call("relu_backward_reduce", engine, grad, out)
             act, out = "none", None
@@ -216,9 +214,7 @@ class BatchNormAct(torch.autograd.Function):
         elif need_bias and sum_g is None:
             sum_g = g.sum(_PIXELS, dtype=accumulation_dtype(g.dtype))
         if need_x and training:
-            count = x.numel() // x.size(1)
-            b = -scale * invstd * (sum_gx / count)
-            c = -scale * (sum_g / count) - b * mean
+            b, c = _coefficients(x, mean, invstd, scale, sum_g, sum_gx)
             dx = _call("bn_act_backward", engine, g, x, out, scale, shift, scale, b, c, act)
         elif need_x:
             zeros = torch.zeros_like(scale)
@@ -319,3 +315,117 @@ def batch_norm_obstacle(
     if not torch.compiler.is_compiling() and (torch.jit.is_tracing() or transformed()):
         return "a transform is active"
     return None
+
+
+class BatchNormActMaxpool(torch.autograd.Function):
+    """``apply(x, weight, bias, running_mean, running_var, momentum, eps, pooling, act, engine)``,
+    with batch statistics; pooling is kernel_size, stride, padding, dilation and ceil_mode.
+
+    The gradients of weight and bias are sums over the pooled positions, and x's comes back through
+    pooling, relu and BatchNorm in one pass; of the activation before pooling nothing is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        pooling: Sequence[Any],
+        act: str,
+        engine: str,
+    ) -> Tensor:
+        mean, invstd, scale, shift = _batch_statistics(
+            x, weight, bias, running_mean, running_var, momentum, eps, engine
+        )
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        ctx.settings = eps, pooling, act, engine
+        if not (need_x or need_weight or need_bias):
+            return _call("bn_act_maxpool", engine, x, scale, shift, *pooling, act)
+        out, argmax = _call("bn_act_maxpool_train", engine, x, scale, shift, *pooling, act)
+        ctx.save_for_backward(x, weight, out, argmax, mean, invstd, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        eps, pooling, act, engine = ctx.settings
+        x, weight, out, argmax, mean, invstd, scale = ctx.saved_tensors
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        geometry = pooling[:4]
+        if torch.is_grad_enabled():
+            results = _differentiable_through_pooling(
+                grad, x, weight, out, argmax, eps, geometry, act
+            )
+        else:
+            sum_g, sum_gx = _call(
+                *("bn_act_maxpool_backward_reduce", engine, grad, out, argmax, x, mean, invstd),
+                *(*geometry, act),
+            )
+            dx = None
+            if need_x:
+                b, c = _coefficients(x, mean, invstd, scale, sum_g, sum_gx)
+                dx = _call(
+                    *("bn_act_maxpool_backward", engine, grad, out, argmax, x, scale, b, c),
+                    *(*geometry, act),
+                )
+            results = [dx, sum_gx, sum_g]
+        needed = (need_x, need_weight, need_bias)
+        results = [r if n else None for r, n in zip(results, needed, strict=True)]
+        return (*results, *[None] * 7)
+
+
+def _batch_statistics(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, invstd, scale and shift of x; updates the running statistics."""
+    mean, m2 = _call("bn_stats", engine, x)
+    vectors = (weight, bias, running_mean, running_var)
+    count = float(x.numel() // x.size(1))
+    scale, shift, invstd = _call("bn_finalize", engine, mean, m2, count, *vectors, momentum, eps)
+    return mean, invstd, scale, shift
+
+
+def _coefficients(
+    x: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor, sum_g: Tensor, sum_gx: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What x and one are multiplied by in the gradient of batch statistics."""
+    count = x.numel() // x.size(1)
+    b = -scale * invstd * (sum_gx / count)
+    return b, -scale * (sum_g / count) - b * mean
+
+
+def _differentiable_through_pooling(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    out: Tensor,
+    argmax: Tensor,
+    eps: float,
+    geometry: Sequence[Sequence[int]],
+    act: str,
+) -> list[Tensor | None]:
+    """The gradients of x, weight and bias, as functions of grad, x and weight."""
+    ones = torch.ones(x.size(1), dtype=accumulation_dtype(x.dtype), device=x.device)
+    zeros = torch.zeros_like(ones)
+    wide = grad.to(ones.dtype)
+    kernel, stride, padding, dilation = geometry
+    spread = reference_training.bn_act_maxpool_backward(
+        *(wide, out, argmax, x.detach().to(ones.dtype), ones, zeros, zeros),
+        *(kernel, stride, padding, dilation),
+        act,
+    )
+    dx, sum_gx, sum_g, _ = _differentiable(
+        spread, x, weight, None, zeros, ones, ones, zeros, True, eps, "none", True
+    )
+    return [None if dx is None else dx.to(x.dtype), sum_gx, sum_g]

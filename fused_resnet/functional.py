@@ -17,6 +17,7 @@ from .conditions import needs_grad
 __all__ = [
     "add_act",
     "batch_norm_act",
+    "batch_norm_act_maxpool",
     "bn_act",
     "bn_act_maxpool",
     "bn_scale_shift",
@@ -42,7 +43,8 @@ def _pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[in
     return pair
 
 
-def _check_image(op: str, x: Tensor) -> None:
+def check_image(op: str, x: Tensor) -> None:
+    """Raise ValueError unless ``x`` is 4-D."""
     if x.dim() != 4:
         raise ValueError(f"{op}: expected 4D input (got {x.dim()}D input)")
 
@@ -213,64 +215,11 @@ def bn_act(
     """
     name = "bn_act"
     check_act(name, act)
-    _check_image(name, x)
+    check_image(name, x)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         checks.residual(name, residual, x, x.shape)
         return add_act(bn_act(x, scale, shift), residual, act)
     return _run(name, (x, scale, shift, residual), x, scale, shift, residual, act)
-
-
-def batch_norm_act(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    act: str = "relu",
-) -> Tensor:
-    r"""BatchNorm, a residual and an activation, with batch statistics in training.
-
-    .. math:: y = act((x - \mu_c) / \sqrt{\sigma^2_c + \epsilon} \cdot \gamma_c + \beta_c + r)
-
-    Args:
-        x, running_mean, running_var, weight, bias, training, momentum, eps: as in
-            :func:`torch.nn.functional.batch_norm`; running statistics are updated in training.
-        residual: added before the activation; broadcasts and promotes as in :func:`torch.add`.
-        act: ``"none"`` or ``"relu"``.
-
-    Returns:
-        A tensor of x's shape, dtype and memory format, rounded once.
-
-    Raises:
-        ValueError, RuntimeError: as torch's function.
-    """
-    name = "batch_norm_act"
-    check_act(name, act)
-    vectors = (running_mean, running_var, weight, bias)
-    tensors = (x, weight, bias, residual)
-    wished = engines.wish()
-    if autograd.batch_norm_obstacle(x, vectors, training, eps) is not None or (
-        (engine := engines.choose("bn_stats", x.device.type, x.dtype, wished)) == "reference"
-        and needs_grad(tensors)
-    ):
-        return autograd.batch_norm_act_of_torch(x, *vectors, residual, training, momentum, eps, act)
-    if not training and not needs_grad(tensors):
-        scale, shift = bn_scale_shift(running_mean, running_var, weight, bias, eps)  # type: ignore[arg-type]
-        return bn_act(x, scale, shift, residual, act)
-    settings = (training, momentum, eps)
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        checks.residual(name, residual, x, x.shape)
-        y = autograd.BatchNormAct.apply(
-            x, weight, bias, None, running_mean, running_var, *settings, "none", engine
-        )
-        return add_act(y, residual, act)
-    return autograd.BatchNormAct.apply(
-        x, weight, bias, residual, running_mean, running_var, *settings, act, engine
-    )
 
 
 def bn_act_maxpool(
@@ -302,7 +251,21 @@ def bn_act_maxpool(
     """
     name = "bn_act_maxpool"
     check_act(name, act)
-    _check_image(name, x)
+    check_image(name, x)
+    pooling = pooling_pairs(name, x, kernel_size, stride, padding, dilation)
+    args = (x, scale, shift, *pooling, ceil_mode, act)
+    return _run(name, (x, scale, shift), *args)
+
+
+def pooling_pairs(
+    name: str,
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> list[list[int]]:
+    """Checked pairs of kernel_size, stride, padding and dilation."""
     kernel = _pair(name, "kernel_size", kernel_size, 1)
     steps = kernel if stride is None else _pair(name, "stride", stride, 1)
     pads, gaps = _pair(name, "padding", padding, 0), _pair(name, "dilation", dilation, 1)
@@ -314,8 +277,7 @@ def bn_act_maxpool(
         raise RuntimeError(
             f"{name}: kernel_size {kernel_size!r} is larger than the padded input {tuple(x.shape)}"
         )
-    args = (x, scale, shift, kernel, steps, pads, gaps, ceil_mode, act)
-    return _run(name, (x, scale, shift), *args)
+    return [kernel, steps, pads, gaps]
 
 
 def conv_shape(
@@ -393,3 +355,7 @@ def conv_bn_act(
             return add_act(y, residual, act)
     tensors = (x, weight, scale, shift, residual)
     return _run(name, tensors, *tensors, steps, pads, gaps, groups, act, packed)
+
+
+# At the end, for it builds on the functions above.
+from .functional_training import batch_norm_act, batch_norm_act_maxpool  # noqa: E402
