@@ -24,6 +24,9 @@ SIZES = {
     "FR_SHORT_DEPTH": TILE["kShortDepth"][0],
     "FR_SET_BYTES": TILE["kSetBytes"][0],
     "FR_PACK_IN_PASS": TILE["kPackInPassBytes"][0],
+    "FR_BLOCK_ROWS": TILE["kMostBlockRows"][0],
+    "FR_BLOCK_PIXELS": TILE["kBlockPixels"][0],
+    "FR_GRAM_ROWS": TILE["kMostGramRows"][0],
 }
 
 
