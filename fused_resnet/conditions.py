@@ -107,6 +107,18 @@ def trains(pairs: Iterable[tuple[Any, Any]], *inputs: Tensor | None) -> bool:
     return needs_grad(tensors)
 
 
+def _normalises_one_value(pairs: Sequence[tuple[Any, Any]], x: Tensor) -> bool:
+    """Whether a batch is so small that some BatchNorm may see one value per channel."""
+    sizes = list(x.shape[2:])
+    if x.size(0) > 1 or min(sizes) > 64:
+        return False
+    for conv, _ in pairs:
+        for i in (0, 1):
+            reach = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
+            sizes[i] = (sizes[i] + 2 * conv.padding[i] - reach) // conv.stride[i] + 1
+    return sizes[0] * sizes[1] <= 1
+
+
 def _training_obstacle(pairs: Sequence[tuple[Any, Any]], x: Tensor) -> str | None:
     """Why a call that trains is left to torch, or None."""
     if engines.wish() == "reference":
@@ -119,8 +131,11 @@ def _training_obstacle(pairs: Sequence[tuple[Any, Any]], x: Tensor) -> str | Non
         synchronised = group_of(bn) is not None
         if synchronised and torch.compiler.is_compiling():
             return "bn: processes are synchronised, inside a compiled program"
-        if not x.numel() and uses_batch_statistics(bn) and not synchronised:
-            return "the batch is empty"
+        if uses_batch_statistics(bn) and not synchronised:
+            if not x.numel():
+                return "the batch is empty"
+            if _normalises_one_value(pairs, x):
+                return "the batch has one value per channel, or nearly"
     return None
 
 
