@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import report
+from bench import report, training
 from bench.cases import DTYPES, Case, cases
 from fused_resnet import chart, facts
 from fused_resnet.command import CommandError, positive, require
@@ -65,8 +65,11 @@ def commit() -> str | None:
 
 def selected(args: argparse.Namespace) -> list[Case]:
     """The cases asked for."""
-    patterns = args.select or (["resnet18/*", *EVERY_OP] if args.smoke else ["resnet50/*"])
-    everything = list(cases(args.batch, args.dtype, args.size))
+    patterns = args.select or (
+        ["resnet18/*", "train/resnet18/*", *EVERY_OP] if args.smoke else ["resnet50/*"]
+    )
+    several = (cases, training.cases)
+    everything = [c for of in several for c in of(args.batch, args.dtype, args.size)]
     found = [c for c in everything if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
     if not found:
         raise CommandError(f"--select {' '.join(patterns)}: there is no such case; --list has all")
@@ -86,7 +89,7 @@ def run_case(case: Case, pace: Pace, patterns: list[str], tick) -> list[dict]:
     results: list[Result] = measure(chosen, work.inputs, work.truth, pace, tick)
     known = {"case": case.name, "what": case.what, "batch": case.batch}
     known |= {"dtype": case.dtype, "images": case.batch, "flops": work.flops, "bytes": work.bytes}
-    return [{**known, **result.as_dict()} for result in results]
+    return [{**known, **r.as_dict(), **work.facts(r.variant)} for r in results]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ class Work(NamedTuple):
     truth: Tensor
     flops: int  #: of one call
     bytes: int | None  #: the fewest that one call of an op can move; None for a network
+    facts: Callable[[str], dict] = lambda variant: {}  #: more about the variant of that name
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,20 @@ def images(count: int, size: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _network(name: str, size: int) -> nn.Module:
+def seeded_network(name: str, size: int) -> nn.Module:
+    """A network whose BatchNorms have seen images, for the same weights every time."""
     return checkpoints.seeded(checkpoints.build(name), images(8, max(size, 64)), seed=0)
 
 
 @functools.lru_cache(maxsize=2)
 def _truth(name: str, size: int, count: int) -> Tensor:
-    exact = copy.deepcopy(_network(name, size)).double()
+    exact = copy.deepcopy(seeded_network(name, size)).double()
     with torch.no_grad():
         return torch.cat([exact(x.double()) for x in images(count, size).split(1)])
 
 
 def _network_work(name: str, batch: int, dtype: torch.dtype, size: int) -> Work:
-    model = _network(name, size)
+    model = seeded_network(name, size)
     count = max(batch, 3 // batch * batch)  # three images, where the batch allows
     inputs = list(images(count, size).split(batch))
     threads = torch.get_num_threads()
@@ -93,9 +95,14 @@ def _network_work(name: str, batch: int, dtype: torch.dtype, size: int) -> Work:
         peers.openvino(model, dtype, inputs[0], threads),
     ]
     several.sort(key=lambda v: (EAGER, PEER, OURS).index(v.kind))
+    return Work(several, inputs, _truth(name, size, count), network_flops(name, batch, size), None)
+
+
+def network_flops(name: str, batch: int, size: int) -> int:
+    """Of one forward."""
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         checkpoints.build(name)(torch.empty(batch, 3, size, size))
-    return Work(several, inputs, _truth(name, size, count), counter.get_total_flops(), None)
+    return counter.get_total_flops()
 
 
 class Layer(NamedTuple):

@@ -63,7 +63,13 @@ def _figures(row: Row) -> dict[str, str]:
         "prepare": "" if prepared is None or not is_network(row) else f"{prepared:.1f} s",
         "mean error": _error(row["error"]["mean"]) if row["error"] else "",
         "max error": _error(row["error"]["max"]) if row["error"] else "",
+        "kept": _megabytes(row.get("kept")),
+        "growth": _megabytes(row.get("growth")),
     }
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{1e-6 * value:.0f} MB"
 
 
 def _error(value: float | None) -> str:

@@ -10,8 +10,9 @@ MEMORY = ("auto", "lean", "fast")
 
 #: Positions per input channel from which a 1x1 convolution's statistics are taken from its input's
 #: Gram matrix: below, the products of C x C matrices cost more than the passes over y they save.
-#: "auto" and "lean" go lower than what is fastest, as y need not be kept then.
+#: "auto" and "lean" go lower at a chain's end than what is fastest, as y need not be kept then.
 GRAM_ROWS = {"auto": 3, "lean": 3, "fast": 24}
+GRAM_ROWS_OF_SHORTCUT = 24
 
 
 class Pool(NamedTuple):
@@ -78,14 +79,14 @@ def is_pointwise(step: Step, weight: Tensor) -> bool:
     return weight.shape[2:] == (1, 1) and step.groups == 1 and not any(step.padding)
 
 
-def keeps_output(step: Step, p: Params, z: Tensor, memory: str) -> bool:
+def keeps_output(step: Step, p: Params, z: Tensor, least_rows: int) -> bool:
     """Whether a step that ends a chain makes and keeps its raw output."""
     if p.bias is not None:
         return True
     if not step.batch:
         return False
     rows = z.size(0) * -(-z.size(2) // step.stride[0]) * -(-z.size(3) // step.stride[1])
-    return not is_pointwise(step, p.weight) or rows < GRAM_ROWS[memory] * z.size(1)
+    return not is_pointwise(step, p.weight) or rows < least_rows * z.size(1)
 
 
 def convolve(z: Tensor, p: Params, step: Step) -> Tensor:

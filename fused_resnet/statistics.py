@@ -50,12 +50,24 @@ def of_tensor(y: Tensor, engine: str) -> Moments:
     return Moments(mean, m2, float(count_of(y)))
 
 
-def of_product(weight: Tensor, gram: Gram) -> Moments:
+def by_transpose(a: Tensor, b: Tensor, engine: str) -> Tensor:
+    """``a @ b.T`` of two matrices, as a 1x1 convolution over a's rows.
+
+    The vendor's matrix product has half the speed of a convolution on some processors.
+    """
+    image = a.contiguous()[None, None].permute(0, 3, 1, 2)
+    ones = ([1, 1], [0, 0], [1, 1], 1, "none")
+    y = run("conv_bn_act", engine, image, b[:, :, None, None], None, None, None, *ones)
+    return y.permute(0, 2, 3, 1).view(a.size(0), b.size(0))
+
+
+def of_product(weight: Tensor, gram: Gram, engine: str) -> Moments:
     """Of ``W (z - center)`` for a 1x1 convolution's weight, in float64."""
     w = weight.flatten(1).double()
     mean = gram.total / gram.positions
     covariance = torch.addr(gram.matrix, gram.total, mean, alpha=-1)
-    m2 = ((w @ covariance) * w).sum(1).clamp_min(0)  # rounding alone can go below zero; NaN stays
+    m2 = (by_transpose(w, covariance, engine) * w).sum(1)  # it is symmetric
+    m2 = m2.clamp_min(0)  # rounding alone can go below zero; NaN stays
     return Moments(w @ mean, m2, gram.positions)
 
 

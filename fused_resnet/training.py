@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from . import statistics
-from .plan import Kept, Params, Plan, Step, convolve, keeps_output
+from .plan import (
+    GRAM_ROWS,
+    GRAM_ROWS_OF_SHORTCUT,
+    Kept,
+    Params,
+    Plan,
+    Step,
+    convolve,
+    keeps_output,
+)
 from .reference import accumulation_dtype
 from .statistics import Gram, Moments, count_of, run
 from .training_backward import Backward, composite_backward
@@ -106,7 +115,8 @@ def _end(
 
     ``source``: the step before it, whose raw output and BatchNorm z came from; None: z is x.
     """
-    if keeps_output(step, p, z, plan.memory):
+    shortcut = step is plan.shortcut
+    if keeps_output(step, p, z, GRAM_ROWS_OF_SHORTCUT if shortcut else GRAM_ROWS[plan.memory]):
         return _middle(plan, step, p, z)
     if not step.batch:
         return Kept(None, *_fixed(step, p)), 0.0
@@ -117,7 +127,8 @@ def _end(
     matrix, total = run("bn_act_gram", plan.engine, *given, center, act, stride)
     count = z.size(0) * -(-z.size(2) // stride) * -(-z.size(3) // stride)
     weight = p.weight.to(z.dtype)
-    own = statistics.of_product(weight, Gram(center, matrix, total, float(count)))
+    gram = Gram(center, matrix, total, float(count))
+    own = statistics.of_product(weight, gram, plan.engine)
     offset = weight.flatten(1).double() @ center.double()
     values, whole = _finalize(plan, step, p, own, z, offset)
     k = Kept(None, *values, center, matrix.to(center.dtype), total.to(center.dtype))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .plan import Kept, Params, Plan, Step, convolve
-from .statistics import count_of, run, sum_over
+from .statistics import by_transpose, count_of, run, sum_over
 
 #: Of a step: of its weight, bias, gamma and beta.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -158,7 +158,8 @@ class Backward(NamedTuple):
         bw = b[:, None] * w
         dweight = None
         if wanted.weight:
-            dweight = torch.addcmul(bw @ matrix, a[:, None], s).addr_(c, total)  # type: ignore
+            products = by_transpose(bw, matrix, self.plan.engine)  # type: ignore
+            dweight = torch.addcmul(products, a[:, None], s).addr_(c, total)  # type: ignore
             if self.plan.group is not None:  # dy sums to zero over all processes, not over one
                 sum_dy = a * sum_g + b * (w @ total) + c * count_of(g)  # type: ignore
                 dweight.addr_(sum_dy, k.center)  # type: ignore
@@ -167,7 +168,7 @@ class Backward(NamedTuple):
             return None, (dweight, None, dgamma, sum_g)
         aw = (a[:, None] * w).to(z.dtype).view_as(weight)
         dz, _ = _convolution_backward(g, centred, aw, step, True, False)
-        back = (w.t() @ bw).to(z.dtype)[:, :, None, None]
+        back = by_transpose(w.t(), bw.t(), self.plan.engine).to(z.dtype)[:, :, None, None]
         ones = ([1, 1], [0, 0], [1, 1], 1, "none")
         dz = run("conv_bn_act", self.plan.engine, centred, back, None, c @ w, dz, *ones)
         return dz, (dweight, None, dgamma, sum_g)

@@ -1,0 +1,145 @@
+"""Training steps: forward, loss and backward of whole networks, with what each keeps and grows."""
+
+import contextlib
+import copy
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cases import DTYPES, Case, Work, images, network_flops, seeded_network
+from fused_resnet import checkpoints, fuse
+from fused_resnet.measure import EAGER, OURS, PEER, Runner, Variant, kept_bytes
+from fused_resnet.plan import MEMORY
+from fused_resnet.variants import LAYOUTS
+
+CLASSES = 1000
+
+
+def cases(batches: list[int], dtypes: list[str], size: int) -> Iterator[Case]:
+    """One training step of every network."""
+    for batch in batches:
+        for name in dtypes:
+            for network in checkpoints.MODELS:
+                make = functools.partial(_work, network, batch, DTYPES[name], size)
+                yield Case(f"train/{network}", "", batch, name, make)
+
+
+def step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Forward, cross entropy and backward; half types by autocast. Returns the loss."""
+    target = torch.arange(x.size(0)) % CLASSES
+    half = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast("cpu", dtype) if half else contextlib.nullcontext():
+        y = model(x)
+    loss = F.cross_entropy(y if dtype == torch.float64 else y.float(), target)
+    loss.backward()
+    return loss
+
+
+def prepared(network: nn.Module, variant: str) -> tuple[nn.Module, torch.memory_format]:
+    """A copy of a network as the variant of that name runs it."""
+    layout = LAYOUTS["NCHW" if variant == "eager NCHW" else "NHWC"]
+    model = copy.deepcopy(network).to(memory_format=layout).train()
+    if variant == "torch.compile":
+        torch._dynamo.reset()
+        model = torch.compile(model, fullgraph=True, dynamic=False)
+    elif variant.startswith("fused"):
+        fuse(model, memory=variant.removeprefix("fused").strip() or "auto")
+    return model, layout
+
+
+def variant_names() -> dict[str, str]:
+    """Every variant and its kind."""
+    ours = {"fused" if memory == "auto" else f"fused {memory}": OURS for memory in MEMORY}
+    return {"eager NCHW": EAGER, "eager NHWC": EAGER, "torch.compile": PEER, **ours}
+
+
+def _work(name: str, batch: int, dtype: torch.dtype, size: int) -> Work:
+    network = seeded_network(name, size)
+    x = images(batch, size)
+    exact = copy.deepcopy(network).double().train()
+    step(exact, x.double(), torch.float64)
+    # Each gradient counts alike, however large its values are.
+    scales = [float(p.grad.abs().max()) or 1.0 for p in exact.parameters()]  # type: ignore[union-attr]
+
+    def gradients(model: nn.Module) -> Tensor:
+        found = zip(model.parameters(), scales, strict=True)
+        return torch.cat([(p.grad.double() / scale).flatten() for p, scale in found])  # type: ignore[union-attr]
+
+    def variant(title: str, kind: str) -> Variant:
+        def prepare() -> Runner:
+            model, layout = prepared(network, title)
+
+            def run(x: Tensor) -> nn.Module:
+                model.zero_grad()
+                with torch.enable_grad():
+                    step(model, x, dtype)
+                return model
+
+            return Runner(run, lambda x: x.contiguous(memory_format=layout), gradients)
+
+        return Variant(title, kind, prepare)
+
+    def facts(title: str) -> dict:
+        if title == "torch.compile":
+            return {}
+        model, layout = prepared(network, title)
+        fed = x.contiguous(memory_format=layout)
+        half = dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast("cpu", dtype) if half else contextlib.nullcontext():
+            return {
+                "kept": kept_bytes(model, fed),
+                "growth": growth(name, batch, dtype, title, size),
+            }
+
+    several = [variant(title, kind) for title, kind in variant_names().items()]
+    # Backward computes as much for the input and for the weight of each convolution.
+    flops = 3 * network_flops(name, batch, size)
+    return Work(several, [x], gradients(exact), flops, None, facts)
+
+
+def growth(name: str, batch: int, dtype: torch.dtype, title: str, size: int) -> int:
+    """By how many bytes resident memory grows over a step, in a process of its own.
+
+    There every block of memory of 64 KiB and more goes back to the system when it is freed, so
+    that the highest mark is what was in use.
+    """
+    words = [name, str(batch), str(dtype).removeprefix("torch."), title, str(size)]
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.training", *words],
+        env={**os.environ, **malloc, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"growth of {title}: {done.stderr.strip().splitlines()[-1]}")
+    return int(json.loads(done.stdout)["growth"])
+
+
+def _resident(line: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(1024 * int(text.split()[1]) for text in status if text.startswith(line))
+
+
+def _measure_growth(name: str, batch: str, dtype: str, title: str, size: str) -> int:
+    model, layout = prepared(checkpoints.build(name), title)
+    x = images(int(batch), int(size)).contiguous(memory_format=layout)
+    kind = getattr(torch, dtype)
+    step(model, x, kind)  # code, weights' copies and the gradients are there then
+    before = _resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as mark:
+        mark.write("5")  # the highest mark starts anew
+    step(model, x, kind)
+    return _resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    measure: Callable[..., int] = _measure_growth
+    print(json.dumps({"growth": measure(*sys.argv[1:])}))
