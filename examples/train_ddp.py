@@ -111,8 +111,8 @@ def check_together(stop: resumable.Stop, device: torch.device) -> None:
     """Stop all processes if one was told to: alone, it would leave the others waiting."""
     number = torch.tensor(stop.number, device=device)
     dist.all_reduce(number, dist.ReduceOp.MAX)
-    stop.number = int(number)
-    stop.check()
+    if number:  # not stop.number: what came meanwhile the others learn after the next step
+        raise resumable.StoppedError(int(number))
 
 
 def differing(model: nn.Module) -> int:

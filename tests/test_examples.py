@@ -414,6 +414,22 @@ def test_two_processes(tmp_path, examples):
     assert same(state(tmp_path / "output")["model"], ranks[0])
 
 
+def test_a_signal_while_processes_agree(examples, monkeypatch):
+    """Neither lost nor acted on alone: the process stops with the others, a step later."""
+    import resumable
+
+    check = runpy.run_path(str(EXAMPLES / "train_ddp.py"))["check_together"]
+    stop = argparse.Namespace(number=0)
+
+    def reduce(tensor, op):
+        stop.number = 15
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    check(stop, torch.device("cpu"))
+    with pytest.raises(resumable.StoppedError, match="SIGTERM"):
+        check(stop, torch.device("cpu"))
+
+
 def test_sync_bn_where_there_is_none(examples, monkeypatch):
     ddp = runpy.run_path(str(EXAMPLES / "train_ddp.py"))
     monkeypatch.delattr(fused_resnet, "SyncBatchNorm", raising=False)

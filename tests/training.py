@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ class Server:
     """Starts one script at a time."""
 
     def __init__(self) -> None:
+        self.child: int | None = None  # not waited for yet
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=ENVIRONMENT, text=True, bufsize=1,
@@ -42,20 +44,34 @@ class Server:
             log: where its standard output and error go.
             job: what else is to be done, see :func:`prepare`.
         """
+        self.end()
         argv = [str(script), *map(str, args)]
         print(json.dumps({"argv": argv, "log": str(log), **job}), file=self.process.stdin)
-        return int(self.process.stdout.readline())
+        self.child = int(self.process.stdout.readline())
+        return self.child
 
     def wait(self) -> int:
         """Its exit status; negative: the signal that killed it. Until then its id is its own."""
         print(file=self.process.stdin)
-        return int(self.process.stdout.readline())
+        ended, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+        if not ended:
+            os.kill(self.child, signal.SIGKILL)
+        status, self.child = int(self.process.stdout.readline()), None
+        assert ended, f"the training went on for {PATIENCE:.0f} s"
+        return status
 
     def run(self, script: Path, *args: object, log: Path, **job: object) -> int:
         self.start(script, *args, log=log, **job)
         return self.wait()
 
+    def end(self) -> None:
+        """Kill what a test that failed has left running."""
+        if self.child is not None:
+            os.kill(self.child, signal.SIGKILL)
+            self.wait()
+
     def close(self) -> None:
+        self.end()
         self.process.stdin.close()
         self.process.wait(PATIENCE)
 
