@@ -114,6 +114,15 @@ FR_VEC void multiply(Register<T> (&sum)[kR][kV * kRegisters], const Element<T>* 
   }
 }
 
+// math::relu. The processor's maximum is its second operand where either is NaN or both are zero.
+template <class V>
+FR_VEC V relu(V x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x[0]) == 4) return (V)_mm512_max_ps(__m512{}, (__m512)x);
+#endif
+  return math::relu(x);
+}
+
 // act(sum * scale + shift + residual), for a tile that is all there. The sums come from memory: a
 // compiler that has to hold them in registers up to here spills them in the loops before.
 template <class T, int kR, int kV, bool kResidual, bool kRelu>
@@ -129,7 +138,7 @@ __attribute__((noinline)) void finish(const Acc<T>* sum, const TileArgs<T>& t) {
     for (int r = 0; r < kR; ++r, residual += t.pixel, out += t.pixel) {
       Vec<A> y = math::scale_shift(load(sum + (r * kV + v) * kLanes<A>), a, b);
       if (kResidual) y += load(residual);
-      if (kRelu) y = math::relu(y);
+      if (kRelu) y = relu(y);
       store_result(out, y);
     }
   }
