@@ -61,18 +61,6 @@ def synthetic() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(*data[:500]), TensorDataset(*data[500:])
 
 
-def with_sync_bn(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` with BatchNorm statistics over all processes."""
-    ours = getattr(fused_resnet, "SyncBatchNorm", None)
-    if ours is not None:
-        return ours.convert(model)
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    raise CommandError(
-        "--sync-bn: torch's SyncBatchNorm needs CUDA, and this version of fused_resnet has none"
-    )
-
-
 def train_epoch(
     model: nn.Module,
     loader: DataLoader,
@@ -153,7 +141,7 @@ def main(stop: resumable.Stop) -> int:
 
     model: nn.Module = network(args.seed).to(device)
     if args.sync_bn:
-        model = with_sync_bn(model, device)
+        model = fused_resnet.SyncBatchNorm.convert_sync_batchnorm(model)
     fused_resnet.fuse(model)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     parts: dict[str, resumable.Part] = {"model": model, "optimizer": optimizer}

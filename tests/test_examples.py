@@ -401,7 +401,7 @@ def test_two_processes(tmp_path, examples):
     done = state(tmp_path / "output")["epochs"]
     assert text.count(f"epoch {done}/10000") == 1
 
-    options = (*options, "--resume", "auto", "--epochs", done + 1)
+    options = (*options, "--resume", "auto", "--epochs", done + 1, "--sync-bn")
     assert torchrun(script, *options, log=log) == 0, log.read_text()
     text = log.read_text()
     assert text.count(f": {done} epochs done") == text.count(f"epoch {done + 1}/{done + 1}") == 1
@@ -428,18 +428,6 @@ def test_a_signal_while_processes_agree(examples, monkeypatch):
     check(stop, torch.device("cpu"))
     with pytest.raises(resumable.StoppedError, match="SIGTERM"):
         check(stop, torch.device("cpu"))
-
-
-def test_sync_bn_where_there_is_none(examples, monkeypatch):
-    ddp = runpy.run_path(str(EXAMPLES / "train_ddp.py"))
-    monkeypatch.delattr(fused_resnet, "SyncBatchNorm", raising=False)
-    model = nn.Sequential(nn.BatchNorm2d(2))
-    with pytest.raises(CommandError, match="torch's SyncBatchNorm needs CUDA"):
-        ddp["with_sync_bn"](model, torch.device("cpu"))
-    assert type(ddp["with_sync_bn"](model, torch.device("cuda"))[0]) is nn.SyncBatchNorm
-    ours = argparse.Namespace(convert=lambda model: "converted")
-    monkeypatch.setattr(fused_resnet, "SyncBatchNorm", ours, raising=False)
-    assert ddp["with_sync_bn"](model, torch.device("cpu")) == "converted"
 
 
 def test_ddp_without_torchrun(examples, monkeypatch):
