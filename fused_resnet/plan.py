@@ -10,9 +10,9 @@ MEMORY = ("auto", "lean", "fast")
 
 #: Positions per input channel from which a 1x1 convolution's statistics are taken from its input's
 #: Gram matrix: below, the products of C x C matrices cost more than the passes over y they save.
-#: "auto" and "lean" go lower at a chain's end than what is fastest, as y need not be kept then.
-GRAM_ROWS = {"auto": 3, "lean": 3, "fast": 24}
-GRAM_ROWS_OF_SHORTCUT = 24
+GRAM_ROWS = 24
+#: The same at a chain's end, where float32 saves most memory: lower, as y need not be kept then.
+GRAM_ROWS_FOR_MEMORY = 3
 
 
 class Pool(NamedTuple):
@@ -69,6 +69,7 @@ class Kept(NamedTuple):
     shift: Tensor
     mean: Tensor  #: of y; where y was never made, about the product of weight and center
     invstd: Tensor
+    weight: Tensor | None = None  #: cast to the activations' type, where it is of another
     center: Tensor | None = None
     matrix: Tensor | None = None
     total: Tensor | None = None
@@ -79,17 +80,18 @@ def is_pointwise(step: Step, weight: Tensor) -> bool:
     return weight.shape[2:] == (1, 1) and step.groups == 1 and not any(step.padding)
 
 
-def keeps_output(step: Step, p: Params, z: Tensor, least_rows: int) -> bool:
+def keeps_output(step: Step, p: Params, z: Tensor, for_memory: bool) -> bool:
     """Whether a step that ends a chain makes and keeps its raw output."""
     if p.bias is not None:
         return True
     if not step.batch:
         return False
     rows = z.size(0) * -(-z.size(2) // step.stride[0]) * -(-z.size(3) // step.stride[1])
-    return not is_pointwise(step, p.weight) or rows < least_rows * z.size(1)
+    least = GRAM_ROWS_FOR_MEMORY if for_memory and z.element_size() >= 4 else GRAM_ROWS
+    return not is_pointwise(step, p.weight) or rows < least * z.size(1)
 
 
-def convolve(z: Tensor, p: Params, step: Step) -> Tensor:
+def convolve(z: Tensor, p: Params, step: Step, weight: Tensor) -> Tensor:
+    """A step's convolution, with its weight in z's type."""
     bias = None if p.bias is None else p.bias.to(z.dtype)
-    weight = p.weight.to(z.dtype)
     return F.conv2d(z, weight, bias, step.stride, step.padding, step.dilation, step.groups)

@@ -61,6 +61,15 @@ def by_transpose(a: Tensor, b: Tensor, engine: str) -> Tensor:
     return y.permute(0, 2, 3, 1).view(a.size(0), b.size(0))
 
 
+def by_columns(a: Tensor, b: Tensor) -> Tensor:
+    """``b.T @ a`` of two matrices, as the gradient of a 1x1 convolution's weight; why: as above."""
+    images = [t.contiguous()[None, None].permute(0, 3, 1, 2) for t in (b, a)]
+    weight = a.new_empty(b.size(1), a.size(1), 1, 1)
+    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
+    _, product, _ = torch.ops.aten.convolution_backward(*images, weight, None, *geometry)
+    return product.flatten(1)
+
+
 def of_product(weight: Tensor, gram: Gram, engine: str) -> Moments:
     """Of ``W (z - center)`` for a 1x1 convolution's weight, in float64."""
     w = weight.flatten(1).double()

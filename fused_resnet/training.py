@@ -24,16 +24,7 @@ import torch
 from torch import Tensor
 
 from . import statistics
-from .plan import (
-    GRAM_ROWS,
-    GRAM_ROWS_OF_SHORTCUT,
-    Kept,
-    Params,
-    Plan,
-    Step,
-    convolve,
-    keeps_output,
-)
+from .plan import Kept, Params, Plan, Step, convolve, keeps_output
 from .reference import accumulation_dtype
 from .statistics import Gram, Moments, count_of, run
 from .training_backward import Backward, composite_backward
@@ -115,33 +106,36 @@ def _end(
 
     ``source``: the step before it, whose raw output and BatchNorm z came from; None: z is x.
     """
-    shortcut = step is plan.shortcut
-    if keeps_output(step, p, z, GRAM_ROWS_OF_SHORTCUT if shortcut else GRAM_ROWS[plan.memory]):
+    for_memory = plan.memory != "fast" and step is not plan.shortcut
+    if keeps_output(step, p, z, for_memory):
         return _middle(plan, step, p, z)
+    weight = p.weight.to(z.dtype)
+    cast = weight if weight is not p.weight else None
     if not step.batch:
-        return Kept(None, *_fixed(step, p)), 0.0
+        return Kept(None, *_fixed(step, p), cast), 0.0
     center = _centre(None if source is None else source[0], z, plan.engine)
     given = (z, None, None) if source is None else (source[1].y, *source[1][1:3])
     act = "none" if source is None else "relu"
     stride = step.stride[0]
     matrix, total = run("bn_act_gram", plan.engine, *given, center, act, stride)
     count = z.size(0) * -(-z.size(2) // stride) * -(-z.size(3) // stride)
-    weight = p.weight.to(z.dtype)
     gram = Gram(center, matrix, total, float(count))
     own = statistics.of_product(weight, gram, plan.engine)
     offset = weight.flatten(1).double() @ center.double()
     values, whole = _finalize(plan, step, p, own, z, offset)
-    k = Kept(None, *values, center, matrix.to(center.dtype), total.to(center.dtype))
+    k = Kept(None, *values, cast, center, matrix.to(center.dtype), total.to(center.dtype))
     return k, whole
 
 
 def _middle(plan: Plan, step: Step, p: Params, z: Tensor) -> tuple[Kept, float]:
     """A step whose raw output is made and kept."""
-    y = convolve(z, p, step)
+    weight = p.weight.to(z.dtype)
+    cast = weight if weight is not p.weight else None
+    y = convolve(z, p, step, weight)
     if not step.batch:
-        return Kept(y, *_fixed(step, p)), 0.0
+        return Kept(y, *_fixed(step, p), cast), 0.0
     values, count = _finalize(plan, step, p, statistics.of_tensor(y, plan.engine), y)
-    return Kept(y, *values), count
+    return Kept(y, *values, cast), count
 
 
 def _normalised(
@@ -151,7 +145,7 @@ def _normalised(
     if k.y is not None:
         return run("bn_act", plan.engine, k.y, k.scale, k.shift, residual, act)
     geometry = (step.stride, step.padding, step.dilation, step.groups)
-    weight = p.weight.to(z.dtype)
+    weight = p.weight if k.weight is None else k.weight
     return run("conv_bn_act", plan.engine, z, weight, k.scale, k.shift, residual, *geometry, act)
 
 
@@ -213,7 +207,8 @@ class Chain(torch.autograd.Function):
         backward = Backward(plan, params, kept, ctx.counts, need[1], _params(need[3:]))
         with _plainly(x):
             if plan.memory == "lean" and len(plan.steps) > 1:
-                kept[0] = kept[0]._replace(y=convolve(x, params[0], plan.steps[0]))
+                weight = params[0].weight.to(x.dtype)
+                kept[0] = kept[0]._replace(y=convolve(x, params[0], plan.steps[0], weight))
             dx, dresidual, gradients = backward.walk(x, out, argmax, grad, need[2])
         result: list[Any] = []
         for p, wanted, d in zip(params, backward.wanted, gradients, strict=True):

@@ -7,11 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .plan import Kept, Params, Plan, Step, convolve
-from .statistics import by_transpose, count_of, run, sum_over
+from .statistics import by_columns, by_transpose, count_of, run, sum_over
 
 #: Of a step: of its weight, bias, gamma and beta.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _NOTHING: Gradients = (None, None, None, None)
+#: Images are taken so many at a time where that keeps them in the cache.
+_SLICE_BYTES = 1 << 23
+#: Stride, padding, dilation, groups and activation of a convolution that is a matrix product.
+_ONES = ([1, 1], [0, 0], [1, 1], 1, "none")
 
 
 def _channels(v: Tensor) -> Tensor:
@@ -44,6 +48,11 @@ class Backward(NamedTuple):
         before = self.wanted[:i] if i < len(self.plan.steps) else []
         return self.need_x or any(any(w[:4]) for w in before)
 
+    def weight(self, i: int) -> Tensor:
+        """Of step ``i``, in the activations' type."""
+        cast = self.kept[i].weight
+        return self.params[i].weight if cast is None else cast
+
     def activation(self, i: int, x: Tensor, values: bool = True) -> Tensor:
         """The input of step ``i``, made again; without ``values``, anything of its shape."""
         if i in (0, len(self.plan.steps)):
@@ -73,9 +82,12 @@ class Backward(NamedTuple):
         for i in range(n - 1, -1, -1):
             if dz is None:
                 break
-            dz, gradients[i] = self._raw(i, plan.steps[i], dz, None, "relu", x, True)
+            added = None
+            if plan.identity and i == 0:
+                added = g.clone() if g is grad else g
+            dz, gradients[i] = self._raw(i, plan.steps[i], dz, None, "relu", x, True, added)
         dx = dz if self.need_x else None
-        if plan.identity and dx is not None:
+        if plan.identity and n == 0 and dx is not None:
             dx = dx.add_(g)
         if plan.shortcut is not None and (self.need_x or any(self.wanted[-1][:4])):
             dx, gradients[-1] = self._shortcut(g, sum_g, x, dx)
@@ -102,9 +114,20 @@ class Backward(NamedTuple):
         return a, b, a * sum_g * (-1 / count) - b * k.mean
 
     def _raw(
-        self, i: int, step: Step, g: Tensor, out: Tensor | None, act: str, x: Tensor, own_g: bool
+        self,
+        i: int,
+        step: Step,
+        g: Tensor,
+        out: Tensor | None,
+        act: str,
+        x: Tensor,
+        own_g: bool,
+        added: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
-        """Through a step whose raw output was kept; ``own_g``: g may be overwritten."""
+        """Through a step whose raw output was kept.
+
+        ``own_g``: g may be overwritten; ``added``: the gradient of the step's input is added to it.
+        """
         engine, k, wanted = self.plan.engine, self.kept[i], self.wanted[i]
         need_z = self.reaches(i)
         dbeta = dgamma = None
@@ -127,32 +150,44 @@ class Backward(NamedTuple):
             dy = run("bn_act_backward", engine, g, *given)
         dbias = dy.sum((0, 2, 3), dtype=a.dtype) if wanted.bias else None
         z = self.activation(i, x, wanted.weight)
-        weight = self.params[i].weight.to(dy.dtype)
-        dz, dweight = _convolution_backward(dy, z, weight, step, need_z, wanted.weight)
-        return dz, (dweight, dbias, dgamma, dbeta)
+        settings = (self.weight(i), step, need_z, wanted.weight)
+        if added is None or not need_z:
+            dz, dweight = _convolution_backward(dy, z, *settings)
+            return dz, (dweight, dbias, dgamma, dbeta)
+        # A few images at a time: their gradients are added while the cache still has them.
+        images = max(1, _SLICE_BYTES * added.size(0) // (added.numel() * added.element_size()))
+        parts = [t.split(images) for t in (dy, z, added)]
+        dweight = None
+        for dy_part, z_part, sum_part in zip(*parts, strict=True):
+            dz, dw = _convolution_backward(dy_part, z_part, *settings)
+            sum_part.add_(dz)
+            dweight = dw if dweight is None else dweight.add_(dw)  # type: ignore[arg-type]
+        return added, (dweight, dbias, dgamma, dbeta)
 
     def _linear(
         self, i: int, step: Step, g: Tensor, sum_g: Tensor, z: Tensor, need_z: bool, own_z: bool
     ) -> tuple[Tensor | None, Gradients]:
         """Through a convolution whose output was never made; ``own_z``: z may be overwritten."""
-        p, k, wanted = self.params[i], self.kept[i], self.wanted[i]
-        weight, dtype = p.weight.to(z.dtype), k.scale.dtype
+        k, wanted = self.kept[i], self.wanted[i]
+        weight, dtype = self.weight(i), k.scale.dtype
         centred = z
         if k.center is not None:
             centre = _channels(k.center.to(z.dtype))
             centred = z.sub_(centre) if own_z else z - centre
-        s: Any = None
-        if step.batch or wanted.weight or wanted.gamma:
-            _, s = _convolution_backward(g, centred, weight, step, False, True)
-            s = s.to(dtype)
+        scaled = (k.scale.view(-1, 1, 1, 1) * weight).to(z.dtype)
+        need_s = step.batch or wanted.weight or wanted.gamma
+        dz, s = _convolution_backward(g, centred, scaled, step, need_z, need_s)
+        s = None if s is None else s.to(dtype)
         if not step.batch:
-            a = _channels(k.scale).view(-1, 1, 1, 1)
-            dgamma = None
+            dgamma = dweight = None
             if wanted.gamma:
-                dgamma = k.invstd * ((weight.to(dtype) * s).sum((1, 2, 3)) - k.mean * sum_g)
-            dz, _ = _convolution_backward(g, z, (a * weight).to(z.dtype), step, need_z, False)
-            return dz, ((a * s if wanted.weight else None), None, dgamma, sum_g)
-        w, s, matrix, total = weight.flatten(1).to(dtype), s.flatten(1), k.matrix, k.total
+                products = weight.to(dtype) * s  # type: ignore
+                dgamma = k.invstd * (products.sum((1, 2, 3)) - k.mean * sum_g)
+            if wanted.weight:
+                dweight = k.scale.view(-1, 1, 1, 1) * s  # type: ignore
+            return dz, (dweight, None, dgamma, sum_g)
+        w, s = weight.flatten(1).to(dtype), s.flatten(1)  # type: ignore[union-attr]
+        matrix, total = k.matrix, k.total
         dgamma = k.invstd * ((w * s).sum(1) - k.mean * sum_g)
         a, b, c = self._coefficients(step, k, self.counts[i], sum_g, dgamma)
         bw = b[:, None] * w
@@ -163,14 +198,11 @@ class Backward(NamedTuple):
             if self.plan.group is not None:  # dy sums to zero over all processes, not over one
                 sum_dy = a * sum_g + b * (w @ total) + c * count_of(g)  # type: ignore
                 dweight.addr_(sum_dy, k.center)  # type: ignore
-            dweight = dweight.view_as(weight)
+            dweight = dweight.as_strided(weight.shape, weight.stride())  # 1x1: any layout is alike
         if not need_z:
             return None, (dweight, None, dgamma, sum_g)
-        aw = (a[:, None] * w).to(z.dtype).view_as(weight)
-        dz, _ = _convolution_backward(g, centred, aw, step, True, False)
-        back = by_transpose(w.t(), bw.t(), self.plan.engine).to(z.dtype)[:, :, None, None]
-        ones = ([1, 1], [0, 0], [1, 1], 1, "none")
-        dz = run("conv_bn_act", self.plan.engine, centred, back, None, c @ w, dz, *ones)
+        back = by_columns(w, bw).to(z.dtype)[:, :, None, None]
+        dz = run("conv_bn_act", self.plan.engine, centred, back, None, c @ w, dz, *_ONES)
         return dz, (dweight, None, dgamma, sum_g)
 
     def _pooled(
@@ -189,7 +221,7 @@ class Backward(NamedTuple):
         a, b, c = self._coefficients(step, k, self.counts[0], dbeta, dgamma)
         dy = run("bn_act_maxpool_backward", plan.engine, grad, *given, a, b, c, *geometry, plan.act)
         dbias = dy.sum((0, 2, 3), dtype=a.dtype) if wanted.bias else None
-        weight = self.params[0].weight.to(dy.dtype)
+        weight = self.weight(0)
         dx, dweight = _convolution_backward(dy, x, weight, step, self.need_x, wanted.weight)
         return dx, (dweight, dbias, dgamma, dbeta)
 
@@ -253,7 +285,7 @@ def composite_backward(
 
 def _before_activation(plan: Plan, x: Tensor, params: list[Params]) -> Tensor:
     def step(z: Tensor, s: Step, p: Params) -> Tensor:
-        y = convolve(z, p, s)
+        y = convolve(z, p, s, p.weight.to(z.dtype))
         if s.batch:
             return F.batch_norm(y, None, None, p.gamma, p.beta, True, 0.0, s.eps)
         return F.batch_norm(y, p.running_mean, p.running_var, p.gamma, p.beta, False, 0.0, s.eps)
