@@ -43,8 +43,8 @@ OPS = INFERENCE_OPS + TRAINING_OPS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Whether this processor has units for matrices of bf16, which torch's convolution uses and ours
-# does not. Without them ours is the faster: by 1.0 to 1.3 times where the processor multiplies
-# pairs of bf16 (with the weight packed at every call, batches of 16 and 1), by 3 times where not.
+# does not. Without them ours is the faster, with the weight packed at every call: by 1.0 (batch 16)
+# to 1.3 times (batch 1) where the processor multiplies pairs of bf16, by 3 times where it does not.
 _HAS_MATRIX_UNITS = "amx-bf16" in cpu_features()
 
 # Ops with a C++ kernel, per device.

@@ -1,34 +1,26 @@
 """The example scripts: what they write, what they say, and that a resumed training is the same."""
 
-import argparse
 import json
 import os
-import runpy
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 import torchvision
-from test_cli import Trap
 from test_demo import is_png
-from torch import nn
 from training import (
     ENVIRONMENT,
     EXAMPLES,
     IMAGEFOLDER,
-    PATIENCE,
     SMALL,
     make_images,
     same,
     state,
-    wait_for,
 )
 
 import fused_resnet
 from fused_resnet import checkpoints
-from fused_resnet.command import CommandError
 
 
 @pytest.fixture
@@ -42,12 +34,6 @@ def train(server, image_folder, tmp_path):
         return server.run(IMAGEFOLDER, *args, log=log, **job), log.read_text()
 
     return run
-
-
-@pytest.fixture
-def examples(monkeypatch):
-    """Makes the scripts importable."""
-    monkeypatch.syspath_prepend(EXAMPLES)
 
 
 class Calm:
@@ -270,171 +256,6 @@ def test_a_loss_that_is_not_finite(train, tmp_path):
     assert "the loss is nan; try a smaller --lr" in message
     assert (tmp_path / "output" / "checkpoint.pth").read_bytes() == kept
     assert not list((tmp_path / "other").iterdir())
-
-
-# --- checkpoints
-
-
-@pytest.fixture
-def parts():
-    torch.manual_seed(1)
-    model = nn.Linear(3, 2)
-    return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1, 0.9)}
-
-
-def test_checkpoints_that_are_damaged(tmp_path, examples, parts):
-    import resumable
-
-    path = tmp_path / "checkpoint.pth"
-    resumable.save(path, 4, parts, {"lr": 0.1})
-    whole = path.read_bytes()
-    assert resumable.restore(path, parts, {"lr": 0.1}) == 4
-    lengths = [0, 1, 2, 4, 30, 64, 100, 1000, len(whole) // 2, len(whole) - 22, len(whole) - 1]
-    contents = [*(whole[:n] for n in lengths), b"text\n", b"\x80\x02.", bytes(range(256)) * 9]
-    for content in contents:
-        path.write_bytes(content)
-        with pytest.raises(CommandError, match="damaged, or not a checkpoint: ") as caught:
-            resumable.restore(path, parts, {"lr": 0.1})
-        assert str(caught.value).startswith(f"{path}: ")
-        assert "\n" not in str(caught.value)
-        assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda s: [1, 2], "holds no state of a training, but a list"),
-        (lambda s: s["model"], "holds no state of a training, but a OrderedDict"),
-        (lambda s: {**s, "recipe": {}}, "lr was None there, and is 0.1 now"),
-        (lambda s: {k: v for k, v in s.items() if k != "optimizer"}, "lacks optimizer"),
-        (lambda s: {**s, "model": {"weight": torch.ones(2, 3)}}, 'Missing key.* "bias"'),
-        (lambda s: {**s, "model": nn.Linear(3, 3).state_dict()}, "model does not fit: .*size"),
-        (lambda s: {**s, "optimizer": {"state": {}}}, "optimizer does not fit"),
-        (lambda s: {**s, "optimizer": 3}, "optimizer does not fit"),
-    ],
-)
-def test_checkpoints_that_are_foreign(tmp_path, examples, parts, change, words):
-    import resumable
-
-    path = tmp_path / "checkpoint.pth"
-    resumable.save(path, 4, parts, {"lr": 0.1})
-    torch.save(change(torch.load(path, weights_only=True)), path)
-    with torch.no_grad():
-        parts["model"].weight.fill_(5)
-    before = {name: part.state_dict() for name, part in parts.items()}
-    before = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, before)
-    with pytest.raises(CommandError, match=words) as caught:
-        resumable.restore(path, parts, {"lr": 0.1})
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
-    assert same({name: part.state_dict() for name, part in parts.items()}, before)
-
-
-def test_checkpoints_are_not_executed(tmp_path, examples, parts):
-    import resumable
-
-    path, place = tmp_path / "checkpoint.pth", tmp_path / "sprung"
-    torch.save({"epochs": 1, "recipe": {}, "model": Trap(place)}, path)
-    with pytest.raises(CommandError, match="mkdir") as caught:
-        resumable.restore(path, parts, {})
-    assert "weights_only=False" not in str(caught.value)
-    assert not place.exists()
-
-
-# --- several processes
-
-#: Runs the script in one of the processes; writes its id, and what it ends with.
-WITNESS = """
-import os, runpy, sys, torch
-sys.path.insert(0, {examples!r})
-import resumable
-place = {output!r} + "/" + os.environ["RANK"]
-with open(place + ".pid", "w") as file:
-    file.write(str(os.getpid()))
-guarded = resumable.guarded
-
-def spied(main, quiet):
-    differing = main.__globals__["differing"]
-    def spy(model):
-        torch.save(model.state_dict(), place + ".pth")
-        return differing(model)
-    main.__globals__["differing"] = spy
-    return guarded(main, quiet=quiet)
-
-resumable.guarded = spied
-runpy.run_path({examples!r} + "/train_ddp.py", run_name="__main__")
-"""
-
-
-def torchrun(script, *args, log, stop=None):
-    """Run two processes on this machine, ``stop`` them when they train; their exit status."""
-    options = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2)
-    command = [sys.executable, "-m", "torch.distributed.run", *options, script, *args]
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*map(str, command)], env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        if stop is not None:
-            wait_for("epoch 1/", log)
-            stop()
-        return process.wait(2 * PATIENCE)
-    finally:
-        process.terminate()  # it ends the processes it has started; killed, it would not
-
-
-def test_two_processes(tmp_path, examples):
-    """They end with the same parameters. One told to stop stops both, and they can go on."""
-    import train_digits
-
-    script, log = tmp_path / "witness.py", tmp_path / "log"
-    script.write_text(WITNESS.format(examples=str(EXAMPLES), output=str(tmp_path)))
-    options = ("--data", "synthetic", "--device", "cpu", "--output-dir", tmp_path / "output")
-    options += ("--sync-bn",)
-
-    def stop():
-        os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGTERM)
-
-    assert torchrun(script, *options, "--epochs", 10000, log=log, stop=stop) == 1
-    text = log.read_text()
-    assert text.count("exitcode  : 143") == 2, text
-    assert text.count("the same command and --resume auto") == 1
-    done = state(tmp_path / "output")["epochs"]
-    assert text.count(f"epoch {done}/10000") == 1
-
-    options = (*options, "--resume", "auto", "--epochs", done + 1)
-    assert torchrun(script, *options, log=log) == 0, log.read_text()
-    text = log.read_text()
-    assert text.count(f": {done} epochs done") == text.count(f"epoch {done + 1}/{done + 1}") == 1
-    assert "parameters are equal in all 2 processes" in text
-    ranks = [torch.load(tmp_path / f"{i}.pth", weights_only=True) for i in range(2)]
-    start = train_digits.network(0).state_dict()
-    for name, _ in train_digits.network(0).named_parameters():
-        assert same(ranks[0][name], ranks[1][name]), name
-        assert not torch.equal(ranks[0][name], start[name]), name
-    assert same(state(tmp_path / "output")["model"], ranks[0])
-
-
-def test_a_signal_while_processes_agree(examples, monkeypatch):
-    """Neither lost nor acted on alone: the process stops with the others, a step later."""
-    import resumable
-
-    check = runpy.run_path(str(EXAMPLES / "train_ddp.py"))["check_together"]
-    stop = argparse.Namespace(number=0)
-
-    def reduce(tensor, op):
-        stop.number = 15
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
-    check(stop, torch.device("cpu"))
-    with pytest.raises(resumable.StoppedError, match="SIGTERM"):
-        check(stop, torch.device("cpu"))
-
-
-def test_ddp_without_torchrun(examples, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit, match="start it with torchrun"):
-        runpy.run_path(str(EXAMPLES / "train_ddp.py"), run_name="__main__")
 
 
 def test_models_on_offer_are_torchvisions():
