@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-import training
 
 import fused_resnet
 from fused_resnet import _C
@@ -126,6 +125,8 @@ def seeded():
 @pytest.fixture(scope="session")
 def server():
     """Runs the example scripts."""
+    import training
+
     server = training.Server()
     yield server
     server.close()
@@ -134,4 +135,14 @@ def server():
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """A folder of images, two classes."""
+    import training
+
     return training.make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """Makes the example scripts importable."""
+    import training
+
+    monkeypatch.syspath_prepend(training.EXAMPLES)
