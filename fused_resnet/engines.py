@@ -65,8 +65,15 @@ _DEFAULT = _check_name(os.environ.get("FUSED_RESNET_ENGINE") or "auto")
 _wish: ContextVar[str] = ContextVar("fused_resnet_engine", default=_DEFAULT)
 
 
+# torch.compile of 2.11 cannot read a ContextVar: there it reads, and guards, what was wished last.
+_TRACES_CONTEXT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+_wished_last = _DEFAULT
+
+
 def wish() -> str:
     """The engine asked for by the innermost :func:`use_engine`, else by ``FUSED_RESNET_ENGINE``."""
+    if not _TRACES_CONTEXT and torch.compiler.is_compiling():
+        return _wished_last
     return _wish.get()
 
 
@@ -84,11 +91,14 @@ def use_engine(name: str) -> Iterator[None]:
     reason = unavailable(_check_name(name))
     if reason is not None:
         raise EngineError(f"engine {name!r} is not available: {reason}")
+    global _wished_last
     token = _wish.set(name)
+    _wished_last = name
     try:
         yield
     finally:
         _wish.reset(token)
+        _wished_last = _wish.get()
 
 
 def unavailable(engine: str) -> str | None:

@@ -66,8 +66,9 @@ def chain(
     for conv, bn in every:
         step, params = _step(conv, bn)
         steps.append(step)
-        tensors += params
-    group = next((g for _, bn in every if (g := group_of(bn)) is not None), None)
+        tensors.extend(params)
+    groups = [group_of(bn) for _, bn in every]
+    group = max(groups, key=lambda g: g is not None)
     own = steps.pop() if shortcut is not None else None
     plan = Plan(tuple(steps), own, identity, act, pool, engines.wish(), group, memory)
     return Chain.apply(plan, _as_autocast(x), residual, *tensors)
