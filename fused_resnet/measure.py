@@ -1,6 +1,6 @@
 """How implementations are compared: correctness first, then time, every one of them in turn.
 
-The core of ``fused-resnet demo`` and of ``python -m bench``.
+The core of ``fused-resnet demo`` and of ``python -m bench``. :func:`kept_bytes` counts memory.
 """
 
 import dataclasses
@@ -265,6 +265,39 @@ def _compare(results: list[Result]) -> None:
                     r.speedup = ratio
                 else:
                     r.to_peer = ratio
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward of ``model`` on ``x`` keeps for its backward.
+
+    What autograd is given to keep (:class:`torch.autograd.graph.saved_tensors_hooks`), each storage
+    once and whole, however many tensors look into it. Not counted is what is there anyway,
+    parameters and buffers, nor a parameter cast to another dtype, which autocast makes for a
+    convolution. ``x`` counts where it is kept. Under
+    :class:`torch._subclasses.fake_tensor.FakeTensorMode` the count is the same, and nothing is
+    computed.
+    """
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    dtypes: dict[tuple[int, ...], set[torch.dtype]] = {}
+    for p in model.parameters():
+        dtypes.setdefault(tuple(sorted(p.shape)), set()).add(p.dtype)
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        shape = tuple(sorted(t.shape))  # a cast may be transposed, too
+        cast = shape in dtypes and t.dtype not in dtypes[shape]
+        if storage._cdata not in own and not cast:
+            kept[storage._cdata] = storage.nbytes()
+        # Alive until all are counted, so that no address is used twice; t itself, which may have
+        # its graph, would keep that alive for good.
+        return t.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(x)
+    total = sum(kept.values())
+    del output
+    return total
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
