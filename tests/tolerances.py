@@ -13,6 +13,7 @@ from torch import Tensor
 
 MAX_FACTOR, MAX_FLOOR = 2.0, 1e-5
 MEAN_FACTOR, MEAN_FLOOR = 1.5, 1e-6
+CURVE_FACTOR, CURVE_FLOOR = 2.0, 1e-5
 
 #: float64's floors are smaller: the truth is float64 itself there, so that eager's error reads
 #: zero. Of the 29 bits float64 has more than float32, 25 are asked for.
@@ -81,6 +82,29 @@ def judge(ours: Sequence[Tensor], eager: Sequence[Tensor], truth: Sequence[Tenso
         assert got <= factor * bar + least, (
             f"{name} error {got:.3g}, eager's {bar:.3g}: more than {factor} of it + {least:.3g}"
         )
+
+
+def judge_curve(
+    ours: Sequence[Sequence[float]],
+    eager: Sequence[Sequence[float]],
+    truth: Sequence[Sequence[float]],
+) -> None:
+    """Fail unless our losses keep to float64's as eager torch's do; one curve of each per seed.
+
+    Training amplifies rounding: each run soon goes its own way, and how far it is from float64's at
+    one step is chance. Summed over steps and seeds, the deviation says which run is less exact. The
+    floor, of the losses themselves, is for runs in which nothing is amplified yet, and how the loss
+    is rounded decides.
+    """
+    assert len(ours) == len(eager) == len(truth) > 0
+    got = bar = floor = 0.0
+    for a, b, exact in zip(ours, eager, truth, strict=True):
+        for x, y, t in zip(a, b, exact, strict=True):
+            got, bar, floor = got + abs(x - t), bar + abs(y - t), floor + abs(t)
+    assert got <= CURVE_FACTOR * bar + CURVE_FLOOR * floor, (
+        f"losses deviate by {got:.3g} in all, eager's by {bar:.3g}: more than {CURVE_FACTOR} of it "
+        f"+ {CURVE_FLOOR * floor:.3g}"
+    )
 
 
 def within_rounding(ours: Tensor, truth: Tensor, magnitude: Tensor, steps: int) -> None:
