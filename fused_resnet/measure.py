@@ -306,24 +306,3 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     scratch.replace(path)
-
-
-def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward of ``model`` keeps for its backward.
-
-    Every storage counts once; parameters, buffers and casts of parameters do not.
-    """
-    own = [*model.parameters(), *model.buffers()]
-    known = {t.untyped_storage().data_ptr() for t in own}
-    shapes = {t.shape for t in model.parameters() if t.dim() > 1}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known and t.shape not in shapes:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)  # noqa: F841 (what is kept lives as long as it does)
-    return sum(kept.values())
