@@ -18,6 +18,9 @@ from . import engines, reference_training
 from .reference import _per_channel, accumulation_dtype
 from .reference_training import _PIXELS, relu_backward
 
+#: What bn_act_backward takes as mean, invstd, sum_g, sum_gx and count of fixed statistics.
+_FIXED = (None, None, None, None, 0.0)
+
 
 def transformed() -> bool:
     """Whether more than reverse-mode autograd is at work: then torch's own functions have to run,
@@ -130,10 +133,7 @@ class BnAct(torch.autograd.Function):
         elif need_shift and sum_g is None:
             sum_g = g.sum(_PIXELS, dtype=accumulation_dtype(g.dtype))
         if need_x:
-            zeros = torch.zeros_like(scale)
-            dx = _call(
-                "bn_act_backward", engine, g, None, out, scale, scale, scale, zeros, zeros, act
-            )
+            dx = _call("bn_act_backward", engine, g, None, out, scale, scale, *_FIXED, act)
         return (
             dx,
             sum_gx,
@@ -176,10 +176,9 @@ class BatchNormAct(torch.autograd.Function):
         out = _call("bn_act", engine, x, scale, shift, residual, act)
         need_x, need_weight, *_ = ctx.needs_input_grad
         ctx.settings = training, eps, act, engine
-        # The mask comes from x where x is kept and nothing was added; but of fixed statistics x's
-        # own gradient must not read x.
+        # The mask comes from x where x is kept and nothing was added.
         reads_x = need_weight or (need_x and training)
-        of_x = reads_x and residual is None and (training or not need_x)
+        of_x = reads_x and residual is None
         ctx.save_for_backward(
             x if reads_x else None,
             weight,
@@ -213,14 +212,9 @@ class BatchNormAct(torch.autograd.Function):
             )
         elif need_bias and sum_g is None:
             sum_g = g.sum(_PIXELS, dtype=accumulation_dtype(g.dtype))
-        if need_x and training:
-            b, c = _coefficients(x, mean, invstd, scale, sum_g, sum_gx)
-            dx = _call("bn_act_backward", engine, g, x, out, scale, shift, scale, b, c, act)
-        elif need_x:
-            zeros = torch.zeros_like(scale)
-            dx = _call(
-                "bn_act_backward", engine, g, None, out, scale, shift, scale, zeros, zeros, act
-            )
+        if need_x:
+            batch = (mean, invstd, sum_g, sum_gx, _count(x)) if training else _FIXED
+            dx = _call("bn_act_backward", engine, g, x, out, scale, shift, *batch, act)
         return (
             dx,
             sum_gx if need_weight else None,  # autograd casts to the parameter's dtype
@@ -367,10 +361,9 @@ class BatchNormActMaxpool(torch.autograd.Function):
             )
             dx = None
             if need_x:
-                b, c = _coefficients(x, mean, invstd, scale, sum_g, sum_gx)
                 dx = _call(
-                    *("bn_act_maxpool_backward", engine, grad, out, argmax, x, scale, b, c),
-                    *(*geometry, act),
+                    *("bn_act_maxpool_backward", engine, grad, out, argmax, x, scale),
+                    *(mean, invstd, sum_g, sum_gx, _count(x), *geometry, act),
                 )
             results = [dx, sum_gx, sum_g]
         needed = (need_x, need_weight, need_bias)
@@ -391,18 +384,14 @@ def _batch_statistics(
     """Mean, invstd, scale and shift of x; updates the running statistics."""
     mean, m2 = _call("bn_stats", engine, x)
     vectors = (weight, bias, running_mean, running_var)
-    count = float(x.numel() // x.size(1))
-    scale, shift, invstd = _call("bn_finalize", engine, mean, m2, count, *vectors, momentum, eps)
+    given = (m2, _count(x), *vectors, momentum, eps)
+    scale, shift, invstd = _call("bn_finalize", engine, mean, *given)
     return mean, invstd, scale, shift
 
 
-def _coefficients(
-    x: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor, sum_g: Tensor, sum_gx: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What x and one are multiplied by in the gradient of batch statistics."""
-    count = x.numel() // x.size(1)
-    b = -scale * invstd * (sum_gx / count)
-    return b, -scale * (sum_g / count) - b * mean
+def _count(x: Tensor) -> float:
+    """Values per channel."""
+    return float(x.numel() // x.size(1))
 
 
 def _differentiable_through_pooling(
@@ -421,7 +410,7 @@ def _differentiable_through_pooling(
     wide = grad.to(ones.dtype)
     kernel, stride, padding, dilation = geometry
     spread = reference_training.bn_act_maxpool_backward(
-        *(wide, out, argmax, x.detach().to(ones.dtype), ones, zeros, zeros),
+        *(wide, out, argmax, x.detach().to(ones.dtype), ones, *_FIXED),
         *(kernel, stride, padding, dilation),
         act,
     )

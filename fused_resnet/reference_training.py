@@ -83,22 +83,47 @@ def bn_act_backward_reduce(
     return g.sum(_PIXELS), (g * centered).sum(_PIXELS) * invstd
 
 
+def _of_batch_norm(
+    g: Tensor,
+    x: Tensor | None,
+    scale: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    sum_g: Tensor | None,
+    sum_gx: Tensor | None,
+    count: float,
+) -> Tensor:
+    """The gradient of BatchNorm's input x, g being that of its output; in g's dtype."""
+    vectors = (mean, invstd, sum_g, sum_gx)
+    if count == 0 and all(v is None for v in vectors):
+        return g * _per_channel(scale, g)
+    if x is None or not count > 0 or any(v is None for v in vectors):
+        raise RuntimeError("x, mean, invstd, sum_g, sum_gx and count must be given together")
+    mean, invstd, sum_g, sum_gx = (v.double() for v in vectors)  # type: ignore[union-attr]
+    share = -scale.double() / count
+    slope, offset = (v.to(g.dtype) for v in (share * invstd * sum_gx, share * sum_g))
+    centered = x.to(g.dtype) - _per_channel(mean.to(g.dtype), g)
+    return g * _per_channel(scale, g) + centered * _per_channel(slope, g) + _per_channel(offset, g)
+
+
 def bn_act_backward(
     grad: Tensor,
     x: Tensor | None,
     out: Tensor | None,
     scale: Tensor,
     shift: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    sum_g: Tensor | None,
+    sum_gx: Tensor | None,
+    count: float,
     act: str,
 ) -> Tensor:
-    """``a[c] * g + b[c] * x + c[c]``, without the second term where x is None."""
+    """x's gradient, g being what relu let through of grad: of batch statistics
+    ``scale * (g - sum_g / count - (x - mean) * (invstd * sum_gx / count))``, with what
+    :func:`bn_act_backward_reduce` gives; of fixed ones, without sums and count, ``scale * g``."""
     g = _masked(grad, x, out, scale, shift, act)
-    dx = g * _per_channel(a, g) + _per_channel(c, g)
-    if x is not None:
-        dx = dx + x.to(g.dtype) * _per_channel(b, g)
+    dx = _of_batch_norm(g, x, scale, mean, invstd, sum_g, sum_gx, count)
     return _in_format_of(dx.to(grad.dtype), grad if x is None else x)
 
 
@@ -190,23 +215,26 @@ def bn_act_maxpool_backward(
     out: Tensor,
     argmax: Tensor,
     x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
+    scale: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    sum_g: Tensor | None,
+    sum_gx: Tensor | None,
+    count: float,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     act: str,
 ) -> Tensor:
-    """``a[c] * g + b[c] * x + c[c]``, g being summed up over the windows whose maximum x is."""
+    """As :func:`bn_act_backward`, g being summed up over the windows whose maximum x is."""
     g = grad.to(accumulation_dtype(grad.dtype))
     if act == "relu":
         g = relu_backward(g, out)
     places = _places(argmax, x, kernel_size, stride, padding, dilation)
-    wide = x.to(g.dtype)
-    spread = torch.zeros_like(wide.flatten(2)).scatter_add(2, places.flatten(2), g.flatten(2))
-    dx = spread.view(x.shape) * _per_channel(a, g) + wide * _per_channel(b, g) + _per_channel(c, g)
+    spread = torch.zeros_like(x, dtype=g.dtype).flatten(2)
+    spread = spread.scatter_add(2, places.flatten(2), g.flatten(2)).view(x.shape)
+    dx = _of_batch_norm(spread, x, scale, mean, invstd, sum_g, sum_gx, count)
     return _in_format_of(dx.to(x.dtype), x)
 
 

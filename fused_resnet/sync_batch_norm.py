@@ -110,11 +110,8 @@ class _Normalise(torch.autograd.Function):
         x, scale, shift, mean, invstd = ctx.saved_tensors
         reduced = (None, scale, shift, mean, invstd, "none")
         dbias, dweight = run("bn_act_backward_reduce", "auto", grads[0], x, *reduced)
-        sum_g, sum_gx = sum_over(ctx.group, dbias, dweight)
-        b = scale * invstd * sum_gx * (-1 / ctx.values)
-        c = scale * sum_g * (-1 / ctx.values) - b * mean
-        given = (None, scale, shift, scale, b, c, "none")
-        dx = run("bn_act_backward", "auto", grads[0], x, *given)
+        batch = (mean, invstd, *sum_over(ctx.group, dbias, dweight), ctx.values)
+        dx = run("bn_act_backward", "auto", grads[0], x, None, scale, shift, *batch, "none")
         _, need_weight, need_bias, *_ = ctx.needs_input_grad
         return (
             dx, dweight if need_weight else None, dbias if need_bias else None,

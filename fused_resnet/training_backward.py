@@ -101,14 +101,21 @@ class Backward(NamedTuple):
             return run("relu_backward_reduce", self.plan.engine, grad, out)
         return grad, grad.sum((0, 2, 3), dtype=self.kept[0].scale.dtype)
 
-    def _coefficients(
-        self, step: Step, k: Kept, count: float, dbeta: Tensor, dgamma: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b and c of ``dy = a g + b y + c``."""
-        a = k.scale
+    def _of_batch(
+        self, i: int, step: Step, dbeta: Tensor | None, dgamma: Tensor | None
+    ) -> tuple[Any, ...]:
+        """mean, invstd, sum_g, sum_gx and count, as bn_act_backward takes them."""
         if not step.batch:
-            zero = torch.zeros_like(a)
-            return a, zero, zero
+            return (None, None, None, None, 0.0)
+        k = self.kept[i]
+        sums = sum_over(self.plan.group, dbeta, dgamma)  # type: ignore[arg-type]
+        return (k.mean, k.invstd, *sums, self.counts[i])
+
+    def _coefficients(
+        self, k: Kept, count: float, dbeta: Tensor, dgamma: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b and c of ``dy = a g + b y + c``, of batch statistics."""
+        a = k.scale
         sum_g, sum_gx = sum_over(self.plan.group, dbeta, dgamma)
         b = a * k.invstd * sum_gx * (-1 / count)
         return a, b, a * sum_g * (-1 / count) - b * k.mean
@@ -136,19 +143,13 @@ class Backward(NamedTuple):
             dbeta, dgamma = run("bn_act_backward_reduce", engine, g, *sums)
         if not need_z and not wanted.weight and not wanted.bias:
             return None, (None, None, dgamma, dbeta)
-        a, b, c = self._coefficients(step, k, self.counts[i], dbeta, dgamma)  # type: ignore
-        y = k.y
-        if not step.batch:  # the gradient does not see y then, not even its NaN
-            if act == "relu" and out is None:
-                out = run("bn_act", engine, y, k.scale, k.shift, None, "relu")
-            y = None
-        given = (y, out, k.scale, k.shift, a, b, c, act)
+        given = (k.y, out, k.scale, k.shift, *self._of_batch(i, step, dbeta, dgamma), act)
         if own_g:
             run("bn_act_backward_", engine, g, *given)
             dy = g
         else:
             dy = run("bn_act_backward", engine, g, *given)
-        dbias = dy.sum((0, 2, 3), dtype=a.dtype) if wanted.bias else None
+        dbias = dy.sum((0, 2, 3), dtype=k.scale.dtype) if wanted.bias else None
         z = self.activation(i, x, wanted.weight)
         settings = (self.weight(i), step, need_z, wanted.weight)
         if added is None or not need_z:
@@ -189,7 +190,7 @@ class Backward(NamedTuple):
         w, s = weight.flatten(1).to(dtype), s.flatten(1)  # type: ignore[union-attr]
         matrix, total = k.matrix, k.total
         dgamma = k.invstd * ((w * s).sum(1) - k.mean * sum_g)
-        a, b, c = self._coefficients(step, k, self.counts[i], sum_g, dgamma)
+        a, b, c = self._coefficients(k, self.counts[i], sum_g, dgamma)
         bw = b[:, None] * w
         dweight = None
         if wanted.weight:
@@ -218,9 +219,12 @@ class Backward(NamedTuple):
         )  # fmt: skip
         if not self.need_x and not wanted.weight and not wanted.bias:
             return None, (None, None, dgamma, dbeta)
-        a, b, c = self._coefficients(step, k, self.counts[0], dbeta, dgamma)
-        dy = run("bn_act_maxpool_backward", plan.engine, grad, *given, a, b, c, *geometry, plan.act)
-        dbias = dy.sum((0, 2, 3), dtype=a.dtype) if wanted.bias else None
+        batch = self._of_batch(0, step, dbeta, dgamma)
+        dy = run(
+            "bn_act_maxpool_backward", plan.engine, grad, *given, k.scale, *batch, *geometry,
+            plan.act,
+        )  # fmt: skip
+        dbias = dy.sum((0, 2, 3), dtype=k.scale.dtype) if wanted.bias else None
         weight = self.weight(0)
         dx, dweight = _convolution_backward(dy, x, weight, step, self.need_x, wanted.weight)
         return dx, (dweight, dbias, dgamma, dbeta)

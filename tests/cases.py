@@ -230,7 +230,7 @@ def shadow(nest: Any) -> Any:
     )
 
 
-def at_threads(count: int, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def at_threads(count: int, f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

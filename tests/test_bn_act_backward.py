@@ -1,4 +1,4 @@
-"""bn_act_backward: ``a * g + b * x + c``, g being what relu let through, and its in-place form."""
+"""bn_act_backward: BatchNorm's gradient behind a relu, and its in-place form."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from cases import (
     HALF,
     LAYOUTS,
     TILE,
+    Source,
     around,
     assert_identical,
     at_threads,
@@ -22,7 +23,7 @@ from cases import (
     torch_batch_norm,
     verify,
 )
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bn_act_backward_reduce import MASKS, masked
 from test_bn_act_backward_reduce import inputs as reduced
@@ -47,25 +48,59 @@ SHAPES = [
 ]
 
 
-def inputs(seed, shape, dtype, mask="out", with_x=True):
+#: Of the batch or fixed; x then makes nothing but the mask.
+STATISTICS = ("batch", "fixed", "without_x")
+CASES = [(m, s) for m in MASKS for s in STATISTICS if (m, s) != ("x", "without_x")]
+BATCH = ("mean", "invstd", "sum_g", "sum_gx")
+over_cases = pytest.mark.parametrize(("mask", "statistics"), CASES)
+
+
+def batch_sums(seed, shape, dtype, statistics="batch"):
+    """sum_g, sum_gx and count. Any sums will do; these have terms as large as g's own."""
+    if statistics != "batch":
+        return {"sum_g": None, "sum_gx": None, "count": 0.0}
+    source = Source(seed + 5, torch.float32 if dtype in HALF else dtype)
+    count = max(1, shape[0] * shape[2] * shape[3])
+    sums = {name: source.normal(shape[1]) * count for name in ("sum_g", "sum_gx")}
+    return {**sums, "count": float(count)}
+
+
+def inputs(seed, shape, dtype, mask="out", statistics="batch"):
     made = reduced(seed, shape, dtype, mask)
-    act, mean, invstd = made.pop("act"), made.pop("mean"), made.pop("invstd")
-    made["x"] = made["x"] if with_x else None
-    return {**made, "a": made["scale"], "b": mean, "c": invstd, "act": act}
+    act = made.pop("act")
+    if statistics != "batch":
+        made["mean"] = made["invstd"] = None
+    if statistics == "without_x":
+        made["x"] = None
+    return {**made, **batch_sums(seed, shape, dtype, statistics), "act": act}
 
 
 def ours(**given):
     return engines.implementation("bn_act_backward", engines.wish())(**given)
 
 
-def eager(grad, x, out, scale, shift, a, b, c, act):
+def of_batch_norm(g, x, scale, mean, invstd, sum_g, sum_gx, count):
+    if sum_g is None:
+        return per_channel(scale) * g
+    inner = g - per_channel(sum_g / count)
+    inner = inner - (x - per_channel(mean)) * per_channel(invstd * sum_gx / count)
+    return per_channel(scale) * inner
+
+
+def magnitude(g, **given):
+    """The same with every term in its absolute value."""
+    given = of_tensors(torch.Tensor.abs, given)
+    subtracted = ("mean", "sum_g", "sum_gx")
+    return of_batch_norm(
+        g.abs(), **{k: -t if k in subtracted and t is not None else t for k, t in given.items()}
+    )
+
+
+def eager(grad, x, out, scale, shift, mean, invstd, sum_g, sum_gx, count, act):
     g = masked(grad, x, out, scale, shift, act)
-    wide = g.float() if g.dtype in HALF else g
-    dx = wide * per_channel(a) + per_channel(c)
-    if x is not None:
-        dx = dx + x * per_channel(b)
+    dx = of_batch_norm(g, x, scale, mean, invstd, sum_g, sum_gx, count)
     # In the layout torch's BatchNorm gives its input's gradient.
-    zeros, ones = torch.zeros(grad.size(1)).to(b), torch.ones(grad.size(1)).to(b)
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
     like = torch_batch_norm(grad if x is None else x, zeros, ones, ones, zeros)
     return like.copy_(dx)
 
@@ -81,11 +116,10 @@ def test_shapes(shape, layout, dtype, backend):
 @over_backends("bn_act_backward")
 @over_dtypes
 @over_layouts
-@pytest.mark.parametrize(("mask", "with_x"), [*((m, True) for m in MASKS), ("none", False),
-                                              ("out", False)])  # fmt: skip
-def test_masks(mask, with_x, layout, dtype, backend):
+@over_cases
+def test_cases(mask, statistics, layout, dtype, backend):
     def make(seed):
-        return of_tensors(LAYOUTS[layout], inputs(seed, (3, 19, 5, 7), dtype, mask, with_x))
+        return of_tensors(LAYOUTS[layout], inputs(seed, (3, 19, 5, 7), dtype, mask, statistics))
 
     verify(backend, ours, eager, make)
 
@@ -93,7 +127,7 @@ def test_masks(mask, with_x, layout, dtype, backend):
 @over_backends("bn_act_backward")
 @over_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("which", ["grad", "x", "out", "a", "b", "c"])
+@pytest.mark.parametrize("which", ["grad", "x", "out", "scale", "mean", "invstd", "sum_gx"])
 def test_layouts(which, layout, dtype, backend):
     def laid_out(seed):
         made = inputs(seed, (2, 17, 5, 6), dtype)
@@ -103,13 +137,27 @@ def test_layouts(which, layout, dtype, backend):
 
 
 @over_backends("bn_act_backward")
-def test_without_x_nothing_of_it_comes_in(backend):
-    """torch's backward of fixed statistics does not read x either."""
-    made = inputs(0, (2, 5, 3, 4), torch.float32, "out", with_x=False)
+@over_layouts
+@pytest.mark.parametrize("ratio", [1e2, 1e4])
+def test_a_mean_far_from_zero_costs_no_digits(ratio, layout, backend):
+    def far(seed):
+        made = inputs(seed, (2, 17, 5, 6), torch.float32)
+        made["x"], made["mean"] = made["x"] + ratio, made["mean"] + ratio
+        return of_tensors(LAYOUTS[layout], made)
+
+    verify(backend, ours, eager, far)
+
+
+@over_backends("bn_act_backward")
+@pytest.mark.parametrize("mask", MASKS)
+def test_of_fixed_statistics_x_makes_nothing_but_the_mask(mask, backend):
+    """torch's backward does not read x there either; its relu lets pass what arrives at NaN."""
+    made = inputs(0, (2, 5, 3, 4), torch.float32, mask, "fixed")
+    made["x"] = torch.full_like(made["x"], torch.nan)
     result = engines.implementation("bn_act_backward", backend.engine)(**made)
-    g = masked(made["grad"], None, made["out"], None, None, "relu")
-    expected = g * per_channel(made["a"]) + per_channel(made["c"])
-    torch.testing.assert_close(result, expected)
+    given = {**made, "x": None, "act": "relu" if mask == "out" else "none"}
+    assert_identical(result, engines.implementation("bn_act_backward", backend.engine)(**given))
+    assert result.isfinite().all()
 
 
 @over_layouts
@@ -159,8 +207,16 @@ def test_in_place_is_seen_by_autograd():
         ("x", torch.ones(2, 5, 3, 3), "x must have shape"),
         ("x", torch.ones(2, 5, 3, 4).half(), "x must be float32 as grad is, got float16"),
         ("out", torch.ones(2, 5, 3, 4).double(), "out must be float32 as grad is, got float64"),
-        ("a", torch.ones(4), r"a must have shape \[5\], got \[4\]"),
-        ("b", torch.ones(5).double(), "b must be float32, got float64"),
+        ("x", None, "x must be given with sum_g, got none"),
+        ("scale", torch.ones(4), r"scale must have shape \[5\], got \[4\]"),
+        ("mean", torch.ones(4), r"mean must have shape \[5\], got \[4\]"),
+        ("invstd", torch.ones(5).double(), "invstd must be float32, got float64"),
+        ("sum_g", torch.ones(5).half(), "sum_g must be float32, got float16"),
+        ("sum_gx", torch.ones(5, 1), r"sum_gx must have shape \[5\], got \[5, 1\]"),
+        *((name, None, "mean, invstd, sum_g and sum_gx must be given together") for name in BATCH),
+        ("count", 0.0, "count must be more than 0 with sum_g, got 0"),
+        ("count", -1.0, "count must be more than 0 with sum_g, got -1"),
+        ("count", torch.nan, "count must be more than 0 with sum_g, got"),
         ("act", "gelu", 'act must be "none" or "relu"'),
     ],
 )
@@ -171,8 +227,21 @@ def test_bad_input(op, name, value, words):
         op(*given.values())
 
 
+@pytest.mark.parametrize("engine", ["native", "reference"])
+@pytest.mark.parametrize("name", ["x", *BATCH, "count"])
+def test_batch_statistics_are_given_whole_or_not_at_all(name, engine):
+    op = engines.implementation("bn_act_backward", engine)
+    whole, none = (inputs(0, (2, 5, 3, 4), torch.float32, "out", s) for s in ("batch", "fixed"))
+    op(**whole), op(**none)
+    with pytest.raises(RuntimeError, match="must be"):
+        op(**{**whole, name: 0.0 if name == "count" else None})
+    if name != "x":
+        with pytest.raises(RuntimeError, match="must be"):
+            op(**{**none, name: whole[name]})
+
+
 def test_a_mask_needs_something_to_be_known_from():
-    given = inputs(0, (2, 5, 3, 4), torch.float32, "x", with_x=False)
+    given = inputs(0, (2, 5, 3, 4), torch.float32, "x", "without_x")
     for engine in ("native", "reference"):
         with pytest.raises(RuntimeError, match="out must be given"):
             engines.implementation("bn_act_backward", engine)(**given)
@@ -180,9 +249,9 @@ def test_a_mask_needs_something_to_be_known_from():
 
 @over_layouts
 @pytest.mark.parametrize("op", [OP, IN_PLACE], ids=["out_of_place", "in_place"])
-@pytest.mark.parametrize(("mask", "with_x"), [("out", True), ("x", True), ("out", False)])
-def test_opcheck(mask, with_x, op, layout):
-    made = of_tensors(LAYOUTS[layout], inputs(0, (2, 5, 3, 4), torch.float32, mask, with_x))
+@over_cases
+def test_opcheck(mask, statistics, op, layout):
+    made = of_tensors(LAYOUTS[layout], inputs(0, (2, 5, 3, 4), torch.float32, mask, statistics))
     torch.library.opcheck(op, tuple(made.values()))
 
 
@@ -191,22 +260,19 @@ def test_opcheck(mask, with_x, op, layout):
     shape=st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 6), st.integers(0, 20)),
     dtype=st.sampled_from(DTYPES),
     layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),
-    mask=st.sampled_from(MASKS),
-    with_x=st.booleans(),
+    case=st.sampled_from(CASES),
     seed=st.integers(0, 9),
 )
-def test_fuzz(shape, dtype, layouts, mask, with_x, seed):
-    assume(with_x or mask != "x")
-    made = inputs(seed, shape, dtype, mask, with_x)
+def test_fuzz(shape, dtype, layouts, case, seed):
+    made = inputs(seed, shape, dtype, *case)
     for name, layout in zip(("grad", "x", "out"), layouts, strict=True):
         made[name] = of_tensors(LAYOUTS[layout], made[name])
     args = tuple(made.values())
     result = OP(*args)
     g = masked(*(made[k] for k in ("grad", "x", "out", "scale", "shift", "act"))).double()
-    x = torch.zeros_like(g) if made["x"] is None else made["x"].double()
-    a, b, c = (per_channel(made[k].double()) for k in "abc")
-    magnitude = (g * a).abs() + (x * b).abs() + c.abs()
-    within_rounding(result, g * a + x * b + c, magnitude, 3)
+    rest = {k: made[k] for k in ("x", "scale", *BATCH, "count")}
+    exact = of_tensors(torch.Tensor.double, rest)
+    within_rounding(result, of_batch_norm(g, **exact), magnitude(g, **exact), 5)
     assert placed(OP(*shadow(args))) == placed(result)
     if layouts[0] != "expanded":
         grad = copied(args[0])

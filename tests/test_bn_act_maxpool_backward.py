@@ -9,10 +9,10 @@ from cases import (
     Source,
     assert_identical,
     at_threads,
+    of_tensors,
     over_backends,
     over_dtypes,
     over_layouts,
-    per_channel,
     placed,
     shadow,
     torch_batch_norm,
@@ -20,6 +20,7 @@ from cases import (
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_bn_act_backward import batch_sums, magnitude, of_batch_norm
 from test_bn_act_maxpool import CASES, pairs
 from test_bn_act_maxpool_train import geometry, made
 from tolerances import within_rounding
@@ -30,7 +31,7 @@ OP = torch.ops.fused_resnet.bn_act_maxpool_backward.default
 STEM = {"kernel_size": 3, "stride": 2, "padding": 1}
 
 
-def inputs(seed, shape, dtype, pooling, act="relu", layout="contiguous"):
+def inputs(seed, shape, dtype, pooling, act="relu", layout="contiguous", statistics="batch"):
     tensors = made(seed, shape, dtype)
     out, argmax = torch.ops.fused_resnet.bn_act_maxpool_train(
         *tensors.values(), *geometry(**pooling), act
@@ -38,11 +39,13 @@ def inputs(seed, shape, dtype, pooling, act="relu", layout="contiguous"):
     source = Source(seed + 9, dtype)
     vectors = source.batch_norm(shape[1])
     images = {"grad": source.normal(*out.shape), "out": out, "argmax": argmax, "x": tensors["x"]}
+    batch = statistics == "batch"
     return {
         **{name: LAYOUTS[layout](t) for name, t in images.items()},
-        "a": vectors["mean"],
-        "b": vectors["gamma"],
-        "c": (vectors["var"] + EPS).rsqrt(),
+        "scale": tensors["scale"],
+        "mean": vectors["mean"] if batch else None,
+        "invstd": (vectors["var"] + EPS).rsqrt() if batch else None,
+        **batch_sums(seed, shape, dtype, statistics),
     }
 
 
@@ -65,14 +68,18 @@ def places(pooling, argmax, x):
     return h * x.size(3) + w
 
 
-def eager(pooling, act, grad, out, argmax, x, a, b, c):
-    """Scattered pixel by pixel in the accumulation dtype."""
-    g = masked(grad, out, act).to(a.dtype)
+def scattered(pooling, act, grad, out, argmax, x, scale, **rest):
+    """Pixel by pixel in the accumulation dtype."""
+    g = masked(grad, out, act).to(scale.dtype)
     at = places(pooling, argmax.byte(), x).flatten(2)
-    spread = torch.zeros(*x.shape[:2], x.size(2) * x.size(3), dtype=a.dtype)
-    spread = spread.scatter_add(2, at, g.flatten(2)).view(x.shape)
-    dx = spread * per_channel(a) + x * per_channel(b) + per_channel(c)
-    zeros, ones = torch.zeros_like(a), torch.ones_like(a)
+    spread = torch.zeros(*x.shape[:2], x.size(2) * x.size(3), dtype=scale.dtype)
+    return spread.scatter_add(2, at, g.flatten(2)).view(x.shape)
+
+
+def eager(pooling, act, **given):
+    x, scale, *batch = list(given.values())[3:]
+    dx = of_batch_norm(scattered(pooling, act, **given), x, scale, *batch)
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
     return torch_batch_norm(x, zeros, ones, ones, zeros).copy_(dx)
 
 
@@ -120,6 +127,30 @@ def test_selects(layout, backend):
     check(backend, STEM, spoilt)
 
 
+@over_backends("bn_act_maxpool_backward")
+@over_layouts
+@pytest.mark.parametrize("ratio", [1e2, 1e4])
+def test_a_mean_far_from_zero_costs_no_digits(ratio, layout, backend):
+    def far(seed):
+        given = inputs(seed, (2, 17, 9, 8), torch.float32, STEM, layout=layout)
+        return {**given, "x": given["x"] + ratio, "mean": given["mean"] + ratio}
+
+    check(backend, STEM, far)
+
+
+@over_backends("bn_act_maxpool_backward")
+@over_dtypes
+@over_layouts
+def test_fixed_statistics(layout, dtype, backend):
+    """Then nothing of x comes in."""
+
+    def fixed(seed):
+        given = inputs(seed, (2, 17, 9, 8), dtype, STEM, layout=layout, statistics="fixed")
+        return {**given, "x": torch.full_like(given["x"], torch.nan)}
+
+    check(backend, STEM, fixed)
+
+
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
@@ -128,8 +159,11 @@ def test_selects(layout, backend):
         (2, torch.ones(2, 5, 4, 3), "argmax must be uint8"),
         (2, torch.ones(2, 5, 4, 4, dtype=torch.uint8), "argmax must have shape"),
         (3, torch.ones(2, 5, 3), "x must have 4 dimensions"),
-        (4, torch.ones(4), r"a must have shape \[5\], got \[4\]"),
-        (7, [16, 16], "kernel_size must have at most 255 positions"),
+        (4, torch.ones(4), r"scale must have shape \[5\], got \[4\]"),
+        (5, None, "mean, invstd, sum_g and sum_gx must be given together, got some"),
+        (6, torch.ones(5).double(), "invstd must be float32, got float64"),
+        (9, 0.0, "count must be more than 0 with sum_g, got 0"),
+        (10, [16, 16], "kernel_size must have at most 255 positions"),
     ],
 )
 def test_bad_input(place, value, words):
@@ -140,8 +174,9 @@ def test_bad_input(place, value, words):
 
 
 @over_layouts
-def test_opcheck(layout):
-    given = inputs(0, (2, 5, 8, 7), torch.float32, STEM, layout=layout)
+@pytest.mark.parametrize("statistics", ["batch", "fixed"])
+def test_opcheck(statistics, layout):
+    given = inputs(0, (2, 5, 8, 7), torch.float32, STEM, "relu", layout, statistics)
     torch.library.opcheck(OP, (*given.values(), *geometry(**STEM)[:4], "relu"))
 
 
@@ -157,22 +192,25 @@ def test_opcheck(layout):
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["contiguous", "channels_last"]),
     act=st.sampled_from(["none", "relu"]),
+    statistics=st.sampled_from(["batch", "fixed"]),
     seed=st.integers(0, 9),
 )
-def test_fuzz(outer, size, kernel, stride, padding, dilation, ceil_mode, dtype, layout, act, seed):
+def test_fuzz(
+    outer, size, kernel, stride, padding, dilation, ceil_mode, dtype, layout, act, statistics, seed
+):
     padding = tuple(min(p, k // 2) for p, k in zip(padding, kernel, strict=True))
     span = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     assume(all(n + 2 * p >= reach for n, p, reach in zip(size, padding, span, strict=True)))
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
     pooling = dict(zip(names, (kernel, stride, padding, dilation, ceil_mode), strict=True))
-    tensors = inputs(seed, (*outer, *size), dtype, pooling, act, layout)
+    tensors = inputs(seed, (*outer, *size), dtype, pooling, act, layout, statistics)
     # A dilated window can lie in the padding altogether; torch takes its gradient out of the image.
     assume(not tensors["out"].isneginf().any())
     args = (*tensors.values(), *geometry(**pooling)[:4], act)
     result = OP(*args)
     assert_identical(at_threads(1, OP, *args), result, "one thread and two")
-    exact = {k: t if k == "argmax" else t.double() for k, t in tensors.items()}
-    positive = {k: t if k in ("argmax", "out") else t.abs() for k, t in exact.items()}
-    truth, magnitude = eager(pooling, act, **exact), eager(pooling, act, **positive)
-    within_rounding(result, truth, magnitude, 4 + kernel[0] * kernel[1])
+    exact = of_tensors(torch.Tensor.double, tensors)
+    spread = scattered(pooling, act, **{**exact, "grad": exact["grad"].abs()})
+    size = magnitude(spread, **dict(list(exact.items())[3:]))
+    within_rounding(result, eager(pooling, act, **exact), size, 5 + kernel[0] * kernel[1])
     assert placed(OP(*shadow(args))) == placed(result)

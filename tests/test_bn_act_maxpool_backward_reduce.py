@@ -29,8 +29,7 @@ OP = torch.ops.fused_resnet.bn_act_maxpool_backward_reduce.default
 
 def inputs(*args, **kwargs):
     made = backward_inputs(*args, **kwargs)
-    mean, _, invstd = made.pop("a"), made.pop("b"), made.pop("c")
-    return {**made, "mean": mean, "invstd": invstd}
+    return {k: made[k] for k in ("grad", "out", "argmax", "x", "mean", "invstd")}
 
 
 def ours(pooling, act, **tensors):

@@ -124,12 +124,26 @@ struct BnActBackwardReduceArgs {
   void* sum_gx;
 };
 
-// dx = a[c] * g + b[c] * x + c[c], without the second term where x is null; dx may be grad.
+// What BatchNorm's gradient takes of a batch: its statistics, and the sums that
+// bn_act_backward_reduce makes, over all `count` pixels of a channel (count > 0; a float as counts
+// of several processes are added up). All null, and count 0, where statistics are fixed.
+struct BatchSums {
+  const void* mean;
+  const void* invstd;
+  const void* sum_g;
+  const void* sum_gx;
+  double count;
+};
+
+// Of batch statistics
+//   dx = scale[c] * (g - sum_g[c] / count - (x - mean[c]) * (invstd[c] * sum_gx[c] / count)),
+// computed as a[c] * g + b[c] * (x - mean[c]) + c[c] whose a, b and c are made in fp64. The mean is
+// subtracted from x itself: where it is far from zero, b * x + (c - b * mean) would cancel.
+// Of fixed statistics dx = scale[c] * g: x may be null, and makes nothing but the mask.
+// `in` has scale, also without relu; dx may be grad.
 struct BnActBackwardArgs {
   MaskedGrad in;
-  const void* a;
-  const void* b;
-  const void* c;
+  BatchSums batch;
   void* dx;
 };
 
@@ -191,7 +205,7 @@ struct BnActMaxpoolBackwardReduceArgs {
   void* sum_gx;
 };
 
-// dx = a[c] * (sum of the g of the windows whose maximum this is) + b[c] * x + c[c].
+// As bn_act_backward, g being the sum of those of the windows whose maximum this is.
 struct BnActMaxpoolBackwardArgs {
   DType dtype;
   Act act;
@@ -200,9 +214,8 @@ struct BnActMaxpoolBackwardArgs {
   const void* out;
   const uint8_t* argmax;
   const void* x;
-  const void* a;
-  const void* b;
-  const void* c;
+  const void* scale;
+  BatchSums batch;
   void* dx;
 };
 

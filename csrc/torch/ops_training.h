@@ -174,30 +174,39 @@ std::tuple<Tensor, Tensor> bn_act_backward_reduce(Tensor grad, Tensor x, MaybeTe
   return {sum_g, sum_gx};
 }
 
-// The coefficients of bn_act_backward, checked, and what they are to the kernel.
-struct Coefficients {
-  Tensor a, b, c;
+// The tensors of a BatchSums, checked.
+struct BatchSumsTensors {
+  MaybeTensor mean, invstd, sum_g, sum_gx;
+  double count;
 
-  void describe(const char* op, const Tensor& grad, BnActBackwardArgs& args) {
-    a = channel_vector(op, "a", a, grad);
-    b = channel_vector(op, "b", b, grad);
-    c = channel_vector(op, "c", c, grad);
-    args.a = a.const_data_ptr();
-    args.b = b.const_data_ptr();
-    args.c = c.const_data_ptr();
+  BatchSums describe(const char* op, const MaybeTensor& x, const Tensor& grad) {
+    const bool batch = sum_g.has_value();
+    FR_CHECK(
+        mean.has_value() == batch && invstd.has_value() == batch && sum_gx.has_value() == batch, op,
+        ": mean, invstd, sum_g and sum_gx must be given together, got some");
+    FR_CHECK(x || !batch, op, ": x must be given with sum_g, got none");
+    FR_CHECK(batch ? count > 0 : count == 0, op, ": count must be ",
+             batch ? "more than 0 with" : "0 without", " sum_g, got ", count);
+    if (!batch) return {};
+    mean = channel_vector(op, "mean", *mean, grad);
+    invstd = channel_vector(op, "invstd", *invstd, grad);
+    sum_g = channel_vector(op, "sum_g", *sum_g, grad);
+    sum_gx = channel_vector(op, "sum_gx", *sum_gx, grad);
+    return {pointer(mean), pointer(invstd), pointer(sum_g), pointer(sum_gx), count};
   }
 };
 
 template <class Device>
 Tensor bn_act_backward(Tensor grad, MaybeTensor x, MaybeTensor out, Tensor scale, Tensor shift,
-                       Tensor a, Tensor b, Tensor c, std::string act) {
+                       MaybeTensor mean, MaybeTensor invstd, MaybeTensor sum_g, MaybeTensor sum_gx,
+                       double count, std::string act) {
   constexpr const char* kOp = "bn_act_backward";
   const bool channels_last = suggests_channels_last(x ? *x : grad);
   MaskedGradTensors in{grad, x, out, scale, shift};
-  Coefficients coefficients{a, b, c};
+  BatchSumsTensors batch{mean, invstd, sum_g, sum_gx, count};
   BnActBackwardArgs args{};
   args.in = in.describe(kOp, act, channels_last);
-  coefficients.describe(kOp, in.grad, args);
+  args.batch = batch.describe(kOp, in.x, in.grad);
   Tensor dx = new_output(grad, sizes_of(grad), channels_last);
   args.dx = dx.mutable_data_ptr();
   check_status(kOp, Device(dx).launch(args));
@@ -206,13 +215,14 @@ Tensor bn_act_backward(Tensor grad, MaybeTensor x, MaybeTensor out, Tensor scale
 
 template <class Device>
 void bn_act_backward_(Tensor grad, MaybeTensor x, MaybeTensor out, Tensor scale, Tensor shift,
-                      Tensor a, Tensor b, Tensor c, std::string act) {
+                      MaybeTensor mean, MaybeTensor invstd, MaybeTensor sum_g, MaybeTensor sum_gx,
+                      double count, std::string act) {
   constexpr const char* kOp = "bn_act_backward_";
   MaskedGradTensors in{grad, x, out, scale, shift};
-  Coefficients coefficients{a, b, c};
+  BatchSumsTensors batch{mean, invstd, sum_g, sum_gx, count};
   BnActBackwardArgs args{};
   args.in = in.describe(kOp, act, suggests_channels_last(grad));
-  coefficients.describe(kOp, in.grad, args);
+  args.batch = batch.describe(kOp, in.x, in.grad);
   // A gradient that is not dense is worked on in a copy and written back.
   args.dx = in.grad.mutable_data_ptr();
   check_status(kOp, Device(grad).launch(args));

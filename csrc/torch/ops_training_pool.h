@@ -135,18 +135,19 @@ std::tuple<Tensor, Tensor> bn_act_maxpool_backward_reduce(Tensor grad, Tensor ou
 }
 
 template <class Device>
-Tensor bn_act_maxpool_backward(Tensor grad, Tensor out, Tensor argmax, Tensor x, Tensor a, Tensor b,
-                               Tensor c, Ints kernel_size, Ints stride, Ints padding, Ints dilation,
-                               std::string act) {
+Tensor bn_act_maxpool_backward(Tensor grad, Tensor out, Tensor argmax, Tensor x, Tensor scale,
+                               MaybeTensor mean, MaybeTensor invstd, MaybeTensor sum_g,
+                               MaybeTensor sum_gx, double count, Ints kernel_size, Ints stride,
+                               Ints padding, Ints dilation, std::string act) {
   constexpr const char* kOp = "bn_act_maxpool_backward";
   BnActMaxpoolBackwardArgs args{};
   args.dtype = dtype_of(kOp, "x", x);
   args.act = act_of(kOp, act);
   args.shape =
       Pooling{kernel_size, stride, padding, dilation}.backward_shape(kOp, x, grad, out, argmax);
-  a = channel_vector(kOp, "a", a, x);
-  b = channel_vector(kOp, "b", b, x);
-  c = channel_vector(kOp, "c", c, x);
+  scale = channel_vector(kOp, "scale", scale, x);
+  BatchSumsTensors batch{mean, invstd, sum_g, sum_gx, count};
+  args.batch = batch.describe(kOp, x, x);
   const bool channels_last = suggests_channels_last(x);
   x = in_format(x, true);
   Tensor dx = new_image(x, sizes_of(x), x.scalar_type());
@@ -154,9 +155,7 @@ Tensor bn_act_maxpool_backward(Tensor grad, Tensor out, Tensor argmax, Tensor x,
   args.out = out.const_data_ptr();
   args.argmax = static_cast<const uint8_t*>(argmax.const_data_ptr());
   args.x = x.const_data_ptr();
-  args.a = a.const_data_ptr();
-  args.b = b.const_data_ptr();
-  args.c = c.const_data_ptr();
+  args.scale = scale.const_data_ptr();
   args.dx = dx.mutable_data_ptr();
   check_status(kOp, Device(dx).launch(args));
   return as_format(dx, channels_last);

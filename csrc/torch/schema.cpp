@@ -29,11 +29,12 @@ constexpr const char* kOps[] = {
     "bn_act_backward_reduce(Tensor grad, Tensor x, Tensor? out, Tensor scale, Tensor shift,"
     " Tensor mean, Tensor invstd, str act) -> (Tensor sum_g, Tensor sum_gx)",
 
-    "bn_act_backward(Tensor grad, Tensor? x, Tensor? out, Tensor scale, Tensor shift, Tensor a,"
-    " Tensor b, Tensor c, str act) -> Tensor",
+    "bn_act_backward(Tensor grad, Tensor? x, Tensor? out, Tensor scale, Tensor shift,"
+    " Tensor? mean, Tensor? invstd, Tensor? sum_g, Tensor? sum_gx, float count, str act)"
+    " -> Tensor",
 
     "bn_act_backward_(Tensor(a!) grad, Tensor? x, Tensor? out, Tensor scale, Tensor shift,"
-    " Tensor a, Tensor b, Tensor c, str act) -> ()",
+    " Tensor? mean, Tensor? invstd, Tensor? sum_g, Tensor? sum_gx, float count, str act) -> ()",
 
     "bn_act_gram(Tensor x, Tensor? scale, Tensor? shift, Tensor center, str act, int stride)"
     " -> (Tensor gram, Tensor sum)",
@@ -47,9 +48,9 @@ constexpr const char* kOps[] = {
     " Tensor invstd, int[] kernel_size, int[] stride, int[] padding, int[] dilation, str act)"
     " -> (Tensor sum_g, Tensor sum_gx)",
 
-    "bn_act_maxpool_backward(Tensor grad, Tensor out, Tensor argmax, Tensor x, Tensor a, Tensor b,"
-    " Tensor c, int[] kernel_size, int[] stride, int[] padding, int[] dilation, str act)"
-    " -> Tensor",
+    "bn_act_maxpool_backward(Tensor grad, Tensor out, Tensor argmax, Tensor x, Tensor scale,"
+    " Tensor? mean, Tensor? invstd, Tensor? sum_g, Tensor? sum_gx, float count,"
+    " int[] kernel_size, int[] stride, int[] padding, int[] dilation, str act) -> Tensor",
 
     "eltwise_act_backward(Tensor grad, Tensor[] inputs, Tensor? out, str op, float[]? coeff,"
     " str act) -> Tensor[]",

@@ -163,24 +163,42 @@ struct Gradient {
   }
 };
 
+// BatchNorm's gradient of x from what it takes of the batch.
+template <class T>
+struct Through {
+  const Array<Acc<T>>&scale, &mean, &invstd, &sum_g, &sum_gx;
+  double count;
+
+  // g is known to `steps` roundings of `size`.
+  void expect(double got, int64_t c, double g, double size, double x, int64_t steps,
+              const std::string& what) const {
+    const double a = scale.at(c), slope = invstd.at(c) * sum_gx.at(c) / count;
+    const double offset = sum_g.at(c) / count, m = mean.at(c);
+    expect_near<T>(got, a * (g - offset - (x - m) * slope),
+                   std::fabs(a) * (size + std::fabs(offset) +
+                                   (std::fabs(x) + std::fabs(m)) * std::fabs(slope)),
+                   5 + steps, what);
+  }
+};
+
 template <class T>
 void check_backward_type() {
   for (const Extent& e : extents<T>())
     for (Known known : {Known::none, Known::of_out, Known::of_x})
       for (int threads : {1, 3}) {
         const Gradient<T> in(e, known);
-        Array<Acc<T>> mean(e.channels), invstd(e.channels), c(e.channels), sum_g(e.channels),
-            sum_gx(e.channels);
+        Array<Acc<T>> mean(e.channels), invstd(e.channels), sum_g(e.channels), sum_gx(e.channels);
         mean.fill();
         invstd.fill(2);
-        c.fill();
         const fused_resnet::BnActBackwardReduceArgs reduce{in.args(), mean.data(), invstd.data(),
                                                            sum_g.data(), sum_gx.data()};
         expect(kernels::bn_act_backward_reduce(reduce, pool(threads)) == Status::ok, "reduce");
         Array<T> dx(e.elements()), g(e.elements());
-        const fused_resnet::BnActBackwardArgs back{in.args(), mean.data(), invstd.data(), c.data(),
-                                                   dx.data()};
+        const fused_resnet::BatchSums batch{mean.data(), invstd.data(), sum_g.data(), sum_gx.data(),
+                                            e.pixels() + 0.5};
+        const fused_resnet::BnActBackwardArgs back{in.args(), batch, dx.data()};
         expect(kernels::bn_act_backward(back, pool(threads)) == Status::ok, "backward");
+        const Through<T> through{in.scale, mean, invstd, sum_g, sum_gx, batch.count};
         Sums<T> all(e.channels), with_x(e.channels);
         for (int64_t i = 0; i < e.elements(); ++i) {
           const int64_t ch = e.channel(i);
@@ -188,12 +206,17 @@ void check_backward_type() {
           all.add(ch, gi);
           with_x.add(ch, gi * (in.x.at(i) - m) * s);
           with_x.magnitude[ch] += std::fabs(gi * m * s);
-          expect_near<T>(dx.at(i), m * gi + s * in.x.at(i) + c.at(ch),
-                         std::fabs(m * gi) + std::fabs(s * in.x.at(i)) + std::fabs(c.at(ch)), 3,
-                         "dx");
+          through.expect(dx.at(i), ch, gi, std::fabs(gi), in.x.at(i), 0, "dx");
         }
         all.expect(sum_g, e.pixels() + 2, "sum_g");
         with_x.expect(sum_gx, e.pixels() + 4, "sum_gx");
+        fused_resnet::BnActBackwardArgs fixed{in.args(), {}, dx.data()};
+        if (known != Known::of_x) fixed.in.x = nullptr;
+        expect(kernels::bn_act_backward(fixed, pool(threads)) == Status::ok, "backward, fixed");
+        for (int64_t i = 0; i < e.elements(); ++i) {
+          const double exact = in.scale.at(e.channel(i)) * in.masked(i);
+          expect_near<T>(dx.at(i), exact, std::fabs(exact), 1, "dx of fixed statistics");
+        }
         if (known != Known::of_out) continue;
         const fused_resnet::ReluBackwardReduceArgs relu{in.args(), g.data(), sum_g.data()};
         expect(kernels::relu_backward_reduce(relu, pool(threads)) == Status::ok, "relu");
@@ -307,16 +330,28 @@ void check_pool_one(int64_t channels, int64_t height, int64_t width, int64_t ker
   expect(kernels::bn_act_maxpool_backward_reduce(reduce, pool(3)) == Status::ok, "pool reduce");
   all.expect(sum_g, m + 2, "sum_g of pooling");
   with_x.expect(sum_gx, m + 4, "sum_gx of pooling");
-  const fused_resnet::BnActMaxpoolBackwardArgs back{
-      Type<T>::dtype, Act::relu,    s,        grad.data(),  out.data(), argmax.data(),
-      x.data(),       scale.data(), b.data(), shift.data(), dx.data()};
+  fused_resnet::BnActMaxpoolBackwardArgs back{
+      Type<T>::dtype,
+      Act::relu,
+      s,
+      grad.data(),
+      out.data(),
+      argmax.data(),
+      x.data(),
+      scale.data(),
+      {shift.data(), b.data(), sum_g.data(), sum_gx.data(), double(m)},
+      dx.data()};
   expect(kernels::bn_act_maxpool_backward(back, pool(3)) == Status::ok, "pool backward");
+  const Through<T> through{scale, shift, b, sum_g, sum_gx, back.batch.count};
+  for (int64_t i = 0; i < n; ++i)
+    through.expect(dx.at(i), i % channels, spread[i], size[i], x.at(i), kernel * kernel,
+                   "pool backward");
+  back.batch = {};
+  expect(kernels::bn_act_maxpool_backward(back, pool(3)) == Status::ok, "pool backward, fixed");
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t c = i % channels;
-    const double p = scale.at(c) * spread[i], q = b.at(c) * x.at(i), r = shift.at(c);
-    expect_near<T>(dx.at(i), p + q + r,
-                   std::fabs(scale.at(c)) * size[i] + std::fabs(q) + std::fabs(r),
-                   4 + kernel * kernel, "pool backward");
+    const double a = scale.at(i % channels);
+    expect_near<T>(dx.at(i), a * spread[i], std::fabs(a) * size[i], 1 + kernel * kernel,
+                   "pool backward of fixed statistics");
   }
   // Positions that are none lead to no other memory.
   std::fill(argmax.begin(), argmax.end(), uint8_t(255));

@@ -1,3 +1,4 @@
+#include "bn_gradient.h"
 #include "masked_grad.h"
 
 FR_NAMESPACE_BEGIN
@@ -7,23 +8,20 @@ Status bn_act_backward(const BnActBackwardArgs& args, const Pool& pool) {
   return dispatch(in, [&](auto type, auto masked) {
     using T = decltype(type);
     using A = Acc<T>;
-    const A* a = static_cast<const A*>(args.a);
-    const A* b = static_cast<const A*>(args.b);
-    const A* c = static_cast<const A*>(args.c);
+    const BnGradient<A> gradient(in.scale, args.batch, in.channels);
+    if (!gradient.has_memory()) return Status::out_of_memory;
     T* dx = static_cast<T*>(args.dx);
     struct Prepared {
       typename decltype(masked)::Prepared mask;
-      Vec<A> a, b, c;
+      typename BnGradient<A>::Prepared gradient;
     };
     map_channels<A>(
         pool, in.outer, in.channels, in.inner,
-        [&](auto constant) FR_LAMBDA {
-          return Prepared{masked.prepare(constant), constant(a), constant(b), constant(c)};
-        },
+        [&](auto constant)
+            FR_LAMBDA { return Prepared{masked.prepare(constant), gradient.prepare(constant)}; },
         [&](const Prepared& p, int64_t at, auto lanes) FR_LAMBDA {
-          Vec<A> d = p.a * masked(p.mask, at, lanes) + p.c;
-          if (in.x) d += p.b * load(masked.x + at, lanes);
-          store(dx + at, d, lanes);
+          const Vec<A> g = masked(p.mask, at, lanes);
+          store(dx + at, gradient(p.gradient, g, masked.x, at, lanes), lanes);
         });
     return Status::ok;
   });

@@ -1,6 +1,7 @@
 // Each input position looks at the windows that cover it, and takes the gradients of those whose
 // maximum it is: one pass, written once, in the same order whatever the number of threads.
 #include "../math.h"
+#include "bn_gradient.h"
 #include "pool.h"
 
 FR_NAMESPACE_BEGIN
@@ -24,12 +25,10 @@ Status bn_act_maxpool_backward(const BnActMaxpoolBackwardArgs& args, const Pool&
     const T* grad = static_cast<const T*>(args.grad);
     const T* out = static_cast<const T*>(args.out);
     const T* x = static_cast<const T*>(args.x);
-    const A* a = static_cast<const A*>(args.a);
-    const A* b = static_cast<const A*>(args.b);
-    const A* c = static_cast<const A*>(args.c);
+    const BnGradient<A> gradient(args.scale, args.batch, s.channels);
     // Dividing for every pixel would cost as much as the rest.
     Workspace<int64_t> columns(s.width * s.kernel[1]);
-    if (!columns.data) return Status::out_of_memory;
+    if (!columns.data || !gradient.has_memory()) return Status::out_of_memory;
     for (int64_t w = 0; w < s.width; ++w)
       for (int64_t kw = 0; kw < s.kernel[1]; ++kw)
         columns.data[w * s.kernel[1] + kw] =
@@ -56,8 +55,8 @@ Status bn_act_maxpool_backward(const BnActMaxpoolBackwardArgs& args, const Pool&
           const Vec<A> index = load_index<A>(args.argmax + from, length<A>(lanes));
           sum += index == splat(static_cast<A>(position[i])) ? g : Vec<A>{};
         }
-        const Vec<A> dx = load(a + ch, lanes) * sum + load(c + ch, lanes) +
-                          load(b + ch, lanes) * load(x + at + ch, lanes);
+        const auto prepared = gradient.prepare(EachChannel<decltype(lanes)>{ch, lanes});
+        const Vec<A> dx = gradient(prepared, sum, x, at + ch, lanes);
         store(static_cast<T*>(args.dx) + at + ch, dx, lanes);
       });
     };
