@@ -90,9 +90,9 @@ FORWARD(conv_pack, ConvPackArgs)
 FORWARD(conv_bn_act, ConvBnActArgs)
 // clang-format on
 
-int64_t conv_packed_size(DType dtype, const ConvShape& shape) {
-  CALL(conv_packed_size(dtype, shape))
+int64_t conv_packed_size(DType dtype, const ConvShape& shape){
+    CALL(conv_packed_size(dtype, shape))} DType conv_packed_dtype(DType dtype) {
+  CALL(conv_packed_dtype(dtype))
 }
-DType conv_packed_dtype(DType dtype) { CALL(conv_packed_dtype(dtype)) }
 
 }  // namespace fused_resnet::cpu
