@@ -151,7 +151,7 @@ def draw(content: dict, path: Path) -> None:
         raise CommandError("--chart draws networks, and none is in the results")
     env = content["environment"]
     machine = f"{env['processor']}, {env['threads']} threads, torch {env['versions']['torch']}"
-    chart.throughput("Inference", machine, rows, path)
+    chart.throughput("Networks", machine, rows, path)
 
 
 def read(path: Path) -> dict:

@@ -93,7 +93,8 @@ def markdown(content: Row) -> str:
         f"{env['processor']} ({env['isa']}), {env['threads']} threads; {versions}; commit "
         f"{env['commit'] or 'unknown'}, {env['date'][:10]}. Images of {size}. Medians of "
         "interleaved rounds; in parentheses how many times as fast as the faster eager; for "
-        "networks also the mean error against float64, relative to the largest output."
+        "networks also the mean error against float64, relative to the largest output (of a training "
+        "step: of gradients, each relative to its largest) and what is kept for backward."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -118,9 +119,11 @@ def _network_table(name: str, rows: list[Row]) -> str:
             return "-"
         text = f"{row['images'] / row['seconds']['median']:.1f} ({row['speedup']['median']:.2f}x)"
         text += f" {_error(row['error']['mean'])}"
+        if row.get("kept") is not None:
+            text += f", {_megabytes(row['kept'])} kept"
         return f"**{text}**" if row["kind"] == "ours" else text
 
-    titles = [", ".join(c.split("/")[1:]) for c in cases]
+    titles = [", ".join(c.removeprefix(f"{name}/").split("/")) for c in cases]
     lines = [(v, [cell(v, c) for c in cases]) for v in variants]
     return _table(f"{name}, images/s", titles, lines)
 

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import statistics
-from .statistics import run, sum_over
+from . import moments
+from .moments import run, sum_over
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,7 +91,7 @@ class _Normalise(torch.autograd.Function):
         eps: float,
         group: Any,
     ) -> Tensor:
-        whole = statistics.combine(statistics.of_tensor(x, "auto"), group)
+        whole = moments.combine(moments.of_tensor(x, "auto"), group)
         if whole.values <= 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got input size "

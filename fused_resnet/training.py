@@ -3,7 +3,7 @@
 Forward keeps the raw convolution outputs ``y_i`` and the chain's output, nothing between them:
 ``z_i = relu(bn_i(y_i))`` is made again in backward. Of a 1x1 convolution that ends a chain, and of
 a 1x1 shortcut, not even ``y`` is kept: its statistics come from the Gram matrix of its input
-(:mod:`fused_resnet.statistics`), and so does its part of the backward::
+(:mod:`fused_resnet.moments`), and so does its part of the backward::
 
     S = g^T z                                    g: the gradient behind the last ReLU
     dbeta = sum g                                dgamma = invstd * (rowdot(W, S) - mean(y) * dbeta)
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import statistics
+from . import moments
+from .moments import Gram, Moments, count_of, run
 from .plan import Kept, Params, Plan, Step, convolve, keeps_output
 from .reference import accumulation_dtype
-from .statistics import Gram, Moments, count_of, run
 from .training_backward import Backward, composite_backward
 
 Values = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -64,7 +64,7 @@ def _finalize(
     """
     if offset is not None:  # each process has its own
         own = own._replace(mean=own.mean + offset)
-    whole = statistics.combine(own, plan.group)
+    whole = moments.combine(own, plan.group)
     if whole.values <= 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {like.shape}"
@@ -120,7 +120,7 @@ def _end(
     matrix, total = run("bn_act_gram", plan.engine, *given, center, act, stride)
     count = z.size(0) * -(-z.size(2) // stride) * -(-z.size(3) // stride)
     gram = Gram(center, matrix, total, float(count))
-    own = statistics.of_product(weight, gram, plan.engine)
+    own = moments.of_product(weight, gram, plan.engine)
     offset = weight.flatten(1).double() @ center.double()
     values, whole = _finalize(plan, step, p, own, z, offset)
     k = Kept(None, *values, cast, center, matrix.to(center.dtype), total.to(center.dtype))
@@ -134,7 +134,7 @@ def _middle(plan: Plan, step: Step, p: Params, z: Tensor) -> tuple[Kept, float]:
     y = convolve(z, p, step, weight)
     if not step.batch:
         return Kept(y, *_fixed(step, p), cast), 0.0
-    values, count = _finalize(plan, step, p, statistics.of_tensor(y, plan.engine), y)
+    values, count = _finalize(plan, step, p, moments.of_tensor(y, plan.engine), y)
     return Kept(y, *values, cast), count
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .moments import by_columns, by_transpose, count_of, run, sum_over
 from .plan import Kept, Params, Plan, Step, convolve
-from .statistics import by_columns, by_transpose, count_of, run, sum_over
 
 #: Of a step: of its weight, bias, gamma and beta.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -41,7 +41,7 @@ def test_smoke(smoke):
     assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
     rows = content["results"]
     assert {row["what"] for row in rows} == {
-        "resnet18", "conv_bn_act", "bn_act", "bn_act_maxpool", "eltwise_act"
+        "resnet18", "train/resnet18", "conv_bn_act", "bn_act", "bn_act_maxpool", "eltwise_act"
     }  # fmt: skip
     assert {row["dtype"] for row in rows} == {"fp32", "bf16"}
     for row in rows:
@@ -52,6 +52,9 @@ def test_smoke(smoke):
         if row["what"] == "resnet18":
             assert row["variant"] in text
             assert row["to_peer"] or row["why_not"]
+        if row["what"] == "train/resnet18" and row["kind"] != PEER:
+            assert row["kept"] > 0
+            assert row["growth"] > 0
     env = content["environment"]
     for name in ("commit", "processor", "threads", "isa", "load", "date", "build"):
         assert name in env
