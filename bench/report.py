@@ -93,8 +93,8 @@ def markdown(content: Row) -> str:
         f"{env['processor']} ({env['isa']}), {env['threads']} threads; {versions}; commit "
         f"{env['commit'] or 'unknown'}, {env['date'][:10]}. Images of {size}. Medians of "
         "interleaved rounds; in parentheses how many times as fast as the faster eager; for "
-        "networks also the mean error against float64, relative to the largest output (of a training "
-        "step: of gradients, each relative to its largest) and what is kept for backward."
+        "networks also the mean error against float64, relative to the largest output (of a "
+        "training step: of gradients, each relative to its largest) and what backward keeps."
     )
     return "\n\n".join(parts) + "\n"
 
