@@ -19,7 +19,7 @@ from torchvision.ops.misc import Conv2dNormActivation as TorchvisionConv2dNormAc
 from . import functional
 from .conditions import BATCH_NORMS, hooked, obstacle, trains
 from .frozen_conv import FrozenConv
-from .modules import chain, conv_bn, convolve, pair_scale_shift
+from .modules import chain, conv_bn, conv_bn_chain, convolve, pair_scale_shift
 from .plan import Pool
 from .reference import accumulation_dtype
 
@@ -260,6 +260,12 @@ class ResNet(Stem, torchvision_resnet.ResNet):
 class _Chain(Fused):
     """A sequence in which a convolution, its BatchNorm and maybe a ReLU are one step."""
 
+    def link(self, p: Pair, x: Tensor) -> Tensor:
+        """A pair with what follows it; each may train or not."""
+        if self.frozen_pairs is not None:
+            return self.pair(p, x)
+        return conv_bn_chain(*self.modules_of(p), x, p.act)
+
     def find_pairs(self) -> list[Pair]:
         names = list(self._modules)
         found = []
@@ -287,7 +293,7 @@ class _Chain(Fused):
                 continue
             if name in pairs:
                 p = pairs[name]
-                x = self.pair(p, x)
+                x = self.link(p, x)
                 done += names[i + 1 : i + 3] if p.act == "relu" else [p.bn]
             else:
                 x = self._modules[name](x)

@@ -99,12 +99,13 @@ def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
 
 def trains(pairs: Iterable[tuple[Any, Any]], *inputs: Tensor | None) -> bool:
     """Whether a call needs more than inference: statistics of the batch, or a backward."""
-    tensors = list(inputs)
-    for conv, bn in pairs:
-        if uses_batch_statistics(bn):
-            return True
-        tensors += [conv.weight, conv.bias, bn.weight, bn.bias]
-    return needs_grad(tensors)
+    pairs = list(pairs)
+    if any(uses_batch_statistics(bn) for _, bn in pairs):
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [t for conv, bn in pairs for t in (conv.weight, conv.bias, bn.weight, bn.bias)]
+    return needs_grad([*inputs, *tensors])
 
 
 def _normalises_one_value(pairs: Sequence[tuple[Any, Any]], x: Tensor) -> bool:

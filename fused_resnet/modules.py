@@ -32,16 +32,23 @@ def conv_bn(
     conv: nn.Conv2d, bn: nn.Module, x: Tensor, act: str = "none", residual: Tensor | None = None
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` in evaluation, from the modules' tensors as they are now."""
-    if trains([(conv, bn)], x, residual):
-        if residual is None:
-            return chain([(conv, bn)], x, act=act)
-        x = _as_autocast(x)
-        shape = functional.conv_shape(x, conv.weight, *geometry_of(conv)[:3])
-        if residual.dtype == x.dtype and residual.shape == shape:
-            return chain([(conv, bn)], x, residual, act=act)
-        return functional.add_act(chain([(conv, bn)], x, act="none"), residual, act)
     scale, shift = pair_scale_shift(conv, bn)
     return convolve(conv, x, scale, shift, residual, act)
+
+
+def conv_bn_chain(
+    conv: nn.Conv2d, bn: nn.Module, x: Tensor, act: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """The same, in training or evaluation: a :func:`chain` of one where that is needed."""
+    if not trains([(conv, bn)], x, residual):
+        return conv_bn(conv, bn, x, act, residual)
+    if residual is None:
+        return chain([(conv, bn)], x, act=act)
+    x = _as_autocast(x)
+    shape = functional.conv_shape(x, conv.weight, *geometry_of(conv)[:3])
+    if residual.dtype == x.dtype and residual.shape == shape:
+        return chain([(conv, bn)], x, residual, act=act)
+    return functional.add_act(chain([(conv, bn)], x, act="none"), residual, act)
 
 
 def chain(
@@ -214,7 +221,7 @@ class ConvBNAct2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if obstacle([(self.conv, self.bn)], [], x, residual) is None:
-            return conv_bn(self.conv, self.bn, x, self.act, residual)
+            return conv_bn_chain(self.conv, self.bn, x, self.act, residual)
         y = self.bn(self.conv(x))
         y = y if residual is None else y + residual
         return F.relu(y) if self.act == "relu" else y

@@ -11,7 +11,8 @@ MEMORY = ("auto", "lean", "fast")
 #: Positions per input channel from which a 1x1 convolution's statistics are taken from its input's
 #: Gram matrix: below, the products of C x C matrices cost more than the passes over y they save.
 GRAM_ROWS = 24
-#: The same at a chain's end, where it saves most memory: lower, as y need not be kept then.
+#: The same at a chain's end in float32, where it saves most memory: lower, as y need not be kept.
+#: Half types, whose passes over y cost half as much, would pay too dearly for it.
 GRAM_ROWS_FOR_MEMORY = 3
 
 
@@ -87,7 +88,7 @@ def keeps_output(step: Step, p: Params, z: Tensor, for_memory: bool) -> bool:
     if not step.batch:
         return False
     rows = z.size(0) * -(-z.size(2) // step.stride[0]) * -(-z.size(3) // step.stride[1])
-    least = GRAM_ROWS_FOR_MEMORY if for_memory else GRAM_ROWS
+    least = GRAM_ROWS_FOR_MEMORY if for_memory and z.element_size() >= 4 else GRAM_ROWS
     return not is_pointwise(step, p.weight) or rows < least * z.size(1)
 
 

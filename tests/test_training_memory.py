@@ -30,6 +30,9 @@ from fused_resnet.plan import MEMORY
 #: Of what eager torch keeps at 224 pixels, batch 8. Smaller batches leave layer4 fewer positions
 #: than its 1x1 convolutions need to go by the Gram matrix, and keep a little more.
 MOST = {"resnet18": 0.67, "resnet50": 0.50, "resnext50_32x4d": 0.52, "wide_resnet50_2": 0.52}
+#: Half types keep the raw outputs of layer3's ends too: 6 of 196 x 1024 values, a twentieth of
+#: what eager ResNet-50 keeps.
+MORE_OF_HALF = 0.05
 EAGER = "eager"
 over_networks = pytest.mark.parametrize("name", MOST)
 over_autocast = pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
@@ -52,7 +55,8 @@ def counted(name: str, memory: str, autocast: bool = False, batch: int = 8, size
 @over_autocast
 @over_networks
 def test_share_of_what_eager_keeps(name, autocast):
-    assert counted(name, "auto", autocast) <= MOST[name] * counted(name, EAGER, autocast)
+    most = MOST[name] + (MORE_OF_HALF if autocast else 0)
+    assert counted(name, "auto", autocast) <= most * counted(name, EAGER, autocast)
 
 
 @over_autocast
