@@ -65,7 +65,9 @@ def test_two_processes(tmp_path, examples):
 
     assert torchrun(script, *options, "--epochs", 10000, log=log, stop=stop) == 1
     text = log.read_text()
-    assert text.count("exitcode  : 143") == 2, text
+    # torchrun ends the other one when the first has ended: for that one it is a second signal.
+    assert text.count("exitcode  : 143") in (1, 2), text
+    assert text.count("exitcode  : 143") + text.count("exitcode  : -15") == 2, text
     assert text.count("the same command and --resume auto") == 1
     done = state(tmp_path / "output")["epochs"]
     assert text.count(f"epoch {done}/10000") == 1
