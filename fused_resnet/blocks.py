@@ -223,9 +223,11 @@ class Stem(Fused):
         )
 
 
-#: A frozen ResNet takes a batch in slices of about this many pixels (four images of 224x224), whose
-#: activations are smaller than today's caches; the result is the same image by image.
+#: A frozen ResNet takes a batch through its large images in slices of about this many pixels (four
+#: images of 224x224), whose activations are smaller than today's caches, and so many slices at once
+#: through the rest, whose weights are the larger part; the result is the same image by image.
 _SLICE_PIXELS = 4 * 224 * 224
+_SLICES = 4
 
 
 class ResNet(Stem, torchvision_resnet.ResNet):
@@ -235,13 +237,17 @@ class ResNet(Stem, torchvision_resnet.ResNet):
         # The layout inside is ours to choose: what comes out has been flattened.
         x = x.contiguous(memory_format=torch.channels_last)
         images = max(1, _SLICE_PIXELS // max(1, x.size(2) * x.size(3)))
-        if x.size(0) > images and self.slices():
-            return self.fc(torch.cat([self.pooled(part) for part in x.split(images)]))
-        return self.fc(self.pooled(x))
+        if x.size(0) <= images or not self.slices():
+            return self.fc(self.back(self.front(x)))
+        groups = [group.split(images) for group in x.split(_SLICES * images)]
+        fronts = (torch.cat([self.front(part) for part in group]) for group in groups)
+        return self.fc(torch.cat([self.back(y) for y in fronts]))
 
-    def pooled(self, x: Tensor) -> Tensor:
-        y = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
-        return torch.flatten(self.avgpool(y), 1)
+    def front(self, x: Tensor) -> Tensor:
+        return self.layer2(self.layer1(self.stem(x)))
+
+    def back(self, x: Tensor) -> Tensor:
+        return torch.flatten(self.avgpool(self.layer4(self.layer3(x))), 1)
 
     def slices(self) -> bool:
         """Whether a batch may be cut: all that runs is ours or torch's, and nobody is watching."""
