@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,15 @@ def cases(batches: list[int], dtypes: list[str], size: int) -> Iterator[Case]:
                 yield Case(f"train/{network}", "", batch, name, make)
 
 
+def _autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast("cpu", dtype) if half else contextlib.nullcontext()
+
+
 def step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Forward, cross entropy and backward; half types by autocast. Returns the loss."""
     target = torch.arange(x.size(0)) % CLASSES
-    half = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast("cpu", dtype) if half else contextlib.nullcontext():
+    with _autocast(dtype):
         y = model(x)
     loss = F.cross_entropy(y if dtype == torch.float64 else y.float(), target)
     loss.backward()
@@ -91,8 +95,7 @@ def _work(name: str, batch: int, dtype: torch.dtype, size: int) -> Work:
             return {}
         model, layout = prepared(network, title)
         fed = x.contiguous(memory_format=layout)
-        half = dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast("cpu", dtype) if half else contextlib.nullcontext():
+        with _autocast(dtype):
             return {
                 "kept": kept_bytes(model, fed),
                 "growth": growth(name, batch, dtype, title, size),
@@ -141,5 +144,4 @@ def _measure_growth(name: str, batch: str, dtype: str, title: str, size: str) ->
 
 
 if __name__ == "__main__":
-    measure: Callable[..., int] = _measure_growth
-    print(json.dumps({"growth": measure(*sys.argv[1:])}))
+    print(json.dumps({"growth": _measure_growth(*sys.argv[1:])}))

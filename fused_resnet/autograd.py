@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import engines, reference_training
+from .moments import count_of
 from .reference import _per_channel, accumulation_dtype
 from .reference_training import _PIXELS, relu_backward
 
@@ -213,7 +214,7 @@ class BatchNormAct(torch.autograd.Function):
         elif need_bias and sum_g is None:
             sum_g = g.sum(_PIXELS, dtype=accumulation_dtype(g.dtype))
         if need_x:
-            batch = (mean, invstd, sum_g, sum_gx, _count(x)) if training else _FIXED
+            batch = (mean, invstd, sum_g, sum_gx, float(count_of(x))) if training else _FIXED
             dx = _call("bn_act_backward", engine, g, x, out, scale, shift, *batch, act)
         return (
             dx,
@@ -363,7 +364,7 @@ class BatchNormActMaxpool(torch.autograd.Function):
             if need_x:
                 dx = _call(
                     *("bn_act_maxpool_backward", engine, grad, out, argmax, x, scale),
-                    *(mean, invstd, sum_g, sum_gx, _count(x), *geometry, act),
+                    *(mean, invstd, sum_g, sum_gx, float(count_of(x)), *geometry, act),
                 )
             results = [dx, sum_gx, sum_g]
         needed = (need_x, need_weight, need_bias)
@@ -384,14 +385,9 @@ def _batch_statistics(
     """Mean, invstd, scale and shift of x; updates the running statistics."""
     mean, m2 = _call("bn_stats", engine, x)
     vectors = (weight, bias, running_mean, running_var)
-    given = (m2, _count(x), *vectors, momentum, eps)
+    given = (m2, float(count_of(x)), *vectors, momentum, eps)
     scale, shift, invstd = _call("bn_finalize", engine, mean, *given)
     return mean, invstd, scale, shift
-
-
-def _count(x: Tensor) -> float:
-    """Values per channel."""
-    return float(x.numel() // x.size(1))
 
 
 def _differentiable_through_pooling(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import engines, functional
 from .conditions import obstacle, recording, trains, uses_batch_statistics
+from .moments import count_batch
 from .plan import Params, Plan, Pool, Step
 from .sync_batch_norm import group_of
 from .training import Chain
@@ -97,11 +98,7 @@ def _step(conv: nn.Conv2d, bn: Any) -> tuple[Step, Params]:
     batch, momentum = uses_batch_statistics(bn), 0.0
     keeps = not batch or (bn.training and bn.track_running_stats)
     if batch and keeps:
-        if bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-        momentum = bn.momentum
-        if momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
+        momentum = count_batch(bn)
     mean, var = (bn.running_mean, bn.running_var) if keeps else (None, None)
     return (
         Step(*geometry_of(conv), bn.eps, batch, momentum),
@@ -157,11 +154,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             return F.relu(y) if self.act == "relu" else y
         # What torch's own forward does before it calls the function.
         self._check_input_dim(input)
-        factor = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                factor = 1.0 / float(self.num_batches_tracked)
+        factor = count_batch(self) if self.training else 0.0
         keeps = not self.training or self.track_running_stats
         return functional.batch_norm_act(
             input,

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from . import engines
 
+#: Stride, padding, dilation, groups and activation of a convolution that is a matrix product.
+AS_PRODUCT = ([1, 1], [0, 0], [1, 1], 1, "none")
+
 
 class Moments(NamedTuple):
     """Per channel: the mean, and the sum of squared deviations from it, over so many values."""
@@ -50,14 +53,22 @@ def of_tensor(y: Tensor, engine: str) -> Moments:
     return Moments(mean, m2, float(count_of(y)))
 
 
+def count_batch(bn: Any) -> float:
+    """Count a batch in a BatchNorm that trains; the share it has in new running statistics."""
+    if bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            return 1.0 / float(bn.num_batches_tracked)
+    return 0.0 if bn.momentum is None else bn.momentum
+
+
 def by_transpose(a: Tensor, b: Tensor, engine: str) -> Tensor:
     """``a @ b.T`` of two matrices, as a 1x1 convolution over a's rows.
 
     The vendor's matrix product has half the speed of a convolution on some processors.
     """
     image = a.contiguous()[None, None].permute(0, 3, 1, 2)
-    ones = ([1, 1], [0, 0], [1, 1], 1, "none")
-    y = run("conv_bn_act", engine, image, b[:, :, None, None], None, None, None, *ones)
+    y = run("conv_bn_act", engine, image, b[:, :, None, None], None, None, None, *AS_PRODUCT)
     return y.permute(0, 2, 3, 1).view(a.size(0), b.size(0))
 
 

@@ -81,15 +81,24 @@ def is_pointwise(step: Step, weight: Tensor) -> bool:
     return weight.shape[2:] == (1, 1) and step.groups == 1 and not any(step.padding)
 
 
+def positions(z: Tensor, step: Step) -> int:
+    """How many positions of its input a 1x1 convolution reads."""
+    return z.size(0) * -(-z.size(2) // step.stride[0]) * -(-z.size(3) // step.stride[1])
+
+
+def cast_weight(p: Params, z: Tensor) -> Tensor | None:
+    """A step's weight in z's type, where it is of another."""
+    return None if p.weight.dtype == z.dtype else p.weight.to(z.dtype)
+
+
 def keeps_output(step: Step, p: Params, z: Tensor, for_memory: bool) -> bool:
     """Whether a step that ends a chain makes and keeps its raw output."""
     if p.bias is not None:
         return True
     if not step.batch:
         return False
-    rows = z.size(0) * -(-z.size(2) // step.stride[0]) * -(-z.size(3) // step.stride[1])
     least = GRAM_ROWS_FOR_MEMORY if for_memory and z.element_size() >= 4 else GRAM_ROWS
-    return not is_pointwise(step, p.weight) or rows < least * z.size(1)
+    return not is_pointwise(step, p.weight) or positions(z, step) < least * z.size(1)
 
 
 def convolve(z: Tensor, p: Params, step: Step, weight: Tensor) -> Tensor:

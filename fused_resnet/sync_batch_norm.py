@@ -65,15 +65,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self._check_input_dim(input)
         if group is None:
             return super().forward(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        return _Normalise.apply(
-            input, self.weight, self.bias, self.running_mean, self.running_var, momentum, self.eps,
-            group,
-        )  # fmt: skip
+        running = (self.running_mean, self.running_var, moments.count_batch(self))
+        return _Normalise.apply(input, self.weight, self.bias, *running, self.eps, group)
 
 
 class _Normalise(torch.autograd.Function):

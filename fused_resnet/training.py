@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import moments
 from .moments import Gram, Moments, count_of, run
-from .plan import Kept, Params, Plan, Step, convolve, keeps_output
+from .plan import Kept, Params, Plan, Step, cast_weight, convolve, keeps_output, positions
 from .reference import accumulation_dtype
 from .training_backward import Backward, composite_backward
 
@@ -109,17 +109,15 @@ def _end(
     for_memory = plan.memory != "fast" and step is not plan.shortcut
     if keeps_output(step, p, z, for_memory):
         return _middle(plan, step, p, z)
-    weight = p.weight.to(z.dtype)
-    cast = weight if weight is not p.weight else None
+    cast = cast_weight(p, z)
+    weight = p.weight if cast is None else cast
     if not step.batch:
         return Kept(None, *_fixed(step, p), cast), 0.0
     center = _centre(None if source is None else source[0], z, plan.engine)
     given = (z, None, None) if source is None else (source[1].y, *source[1][1:3])
     act = "none" if source is None else "relu"
-    stride = step.stride[0]
-    matrix, total = run("bn_act_gram", plan.engine, *given, center, act, stride)
-    count = z.size(0) * -(-z.size(2) // stride) * -(-z.size(3) // stride)
-    gram = Gram(center, matrix, total, float(count))
+    matrix, total = run("bn_act_gram", plan.engine, *given, center, act, step.stride[0])
+    gram = Gram(center, matrix, total, float(positions(z, step)))
     own = moments.of_product(weight, gram, plan.engine)
     offset = weight.flatten(1).double() @ center.double()
     values, whole = _finalize(plan, step, p, own, z, offset)
@@ -129,8 +127,8 @@ def _end(
 
 def _middle(plan: Plan, step: Step, p: Params, z: Tensor) -> tuple[Kept, float]:
     """A step whose raw output is made and kept."""
-    weight = p.weight.to(z.dtype)
-    cast = weight if weight is not p.weight else None
+    cast = cast_weight(p, z)
+    weight = p.weight if cast is None else cast
     y = convolve(z, p, step, weight)
     if not step.batch:
         return Kept(y, *_fixed(step, p), cast), 0.0

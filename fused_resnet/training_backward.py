@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .moments import by_columns, by_transpose, count_of, run, sum_over
+from .moments import AS_PRODUCT, by_columns, by_transpose, count_of, run, sum_over
 from .plan import Kept, Params, Plan, Step, convolve
 
 #: Of a step: of its weight, bias, gamma and beta.
@@ -14,8 +14,6 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _NOTHING: Gradients = (None, None, None, None)
 #: Images are taken so many at a time where that keeps them in the cache.
 _SLICE_BYTES = 1 << 23
-#: Stride, padding, dilation, groups and activation of a convolution that is a matrix product.
-_ONES = ([1, 1], [0, 0], [1, 1], 1, "none")
 
 
 def _channels(v: Tensor) -> Tensor:
@@ -203,7 +201,7 @@ class Backward(NamedTuple):
         if not need_z:
             return None, (dweight, None, dgamma, sum_g)
         back = by_columns(w, bw).to(z.dtype)[:, :, None, None]
-        dz = run("conv_bn_act", self.plan.engine, centred, back, None, c @ w, dz, *_ONES)
+        dz = run("conv_bn_act", self.plan.engine, centred, back, None, c @ w, dz, *AS_PRODUCT)
         return dz, (dweight, None, dgamma, sum_g)
 
     def _pooled(
