@@ -38,8 +38,12 @@ TRAINING_OPS = (
     "bn_act_maxpool_backward_reduce",
     "bn_act_maxpool_backward",
     "eltwise_act_backward",
+    "conv_dgrad",
+    "conv_wgrad",
 )
 OPS = INFERENCE_OPS + TRAINING_OPS
+# What torch has convolutions for, our kernels being around them.
+_CONVOLUTIONS = ("conv_bn_act", "conv_dgrad", "conv_wgrad")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Whether this processor has units for matrices of bf16, which torch's convolution uses and ours
@@ -118,8 +122,8 @@ def why_not(engine: str, op: str, device: str, dtype: torch.dtype) -> str | None
         return f"there are no kernels for device {device!r}"
     if device == "cuda" and native.cuda_why_not is not None:
         return native.cuda_why_not
-    # The vendor's convolution needs our bn_act after it.
-    needed = "bn_act" if engine == "vendor" and op == "conv_bn_act" else op
+    # The vendor's convolutions need our bn_act around them.
+    needed = "bn_act" if engine == "vendor" and op in _CONVOLUTIONS else op
     if needed not in _NATIVE[device]:
         return f"{needed} has no {device} kernel in this version"
     return None
@@ -143,7 +147,7 @@ def choose(
             raise EngineError(f"{op}: engine {wished!r} cannot run it: {reason}")
         return wished
     by_matrices = device == "cpu" and dtype == torch.bfloat16 and _HAS_MATRIX_UNITS
-    prefer_vendor = op == "conv_bn_act" and (not channels_last or by_matrices)
+    prefer_vendor = op in _CONVOLUTIONS and (not channels_last or by_matrices)
     for engine in ("vendor", "native") if prefer_vendor else ("native", "vendor"):
         if why_not(engine, op, device, dtype) is None:
             return engine
@@ -156,7 +160,7 @@ def implementation(op: str, engine: str) -> Callable[..., Any]:
     """The callable that runs ``op`` on ``engine``; all take the arguments of the op's schema."""
     if engine == "reference":
         return getattr(reference_training if op in TRAINING_OPS else reference, op)
-    if engine == "vendor" and op == "conv_bn_act":
-        return vendor.conv_bn_act
+    if engine == "vendor" and op in _CONVOLUTIONS:
+        return getattr(vendor, op)
     namespace = "fused_resnet_triton" if engine == "triton" else "fused_resnet"
     return getattr(getattr(torch.ops, namespace), op).default

@@ -163,6 +163,41 @@ def _eltwise_act_backward(
     return [torch.empty_like(inputs[0]) for _ in inputs]
 
 
+def _conv_dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    added: Tensor | None,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    shape = (grad.size(0), weight.size(1) * groups, *input_size)
+    layout = reference.memory_format(grad, weight)
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+
+
+def _conv_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    return torch.empty(
+        (grad.size(1), x.size(1) // groups, *kernel_size),
+        dtype=reference.accumulation_dtype(grad.dtype),
+        device=grad.device,
+        memory_format=torch.channels_last,
+    )
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "bn_stats": _bn_stats,
     "bn_finalize": _bn_finalize,
@@ -175,4 +210,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "bn_act_maxpool_backward_reduce": _bn_act_maxpool_backward_reduce,
     "bn_act_maxpool_backward": _bn_act_maxpool_backward,
     "eltwise_act_backward": _eltwise_act_backward,
+    "conv_dgrad": _conv_dgrad,
+    "conv_wgrad": _conv_wgrad,
 }

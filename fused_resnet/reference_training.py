@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import _act, _in_format_of, _per_channel, accumulation_dtype, bn_act
+from .reference import (
+    _act,
+    _in_format_of,
+    _per_channel,
+    accumulation_dtype,
+    bn_act,
+    memory_format,
+)
 
 _PIXELS = (0, 2, 3)
 
@@ -266,3 +273,45 @@ def eltwise_act_backward(
             g = torch.where(first < second, zero, share)
         grads[0] = g
     return [torch.empty_like(inputs[0]).copy_(t) for t in grads]
+
+
+def conv_dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    added: Tensor | None,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of a convolution's input, plus ``added``."""
+    wide = grad.to(accumulation_dtype(grad.dtype))
+    shape = (grad.size(0), weight.size(1) * groups, *input_size)
+    settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    dx = torch.nn.grad.conv2d_input(shape, weight.to(wide.dtype), wide, *settings)
+    if added is not None:
+        dx = dx + added.to(wide.dtype)
+    return dx.to(grad.dtype).contiguous(memory_format=memory_format(grad, weight))
+
+
+def conv_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of a convolution's weight, in the accumulation dtype, its input being
+    ``act(x * scale + shift)``, ``act(x)`` without a scale, rounded to x's dtype."""
+    z = _act(x, act) if scale is None or shift is None else bn_act(x, scale, shift, None, act)
+    wide = accumulation_dtype(grad.dtype)
+    shape = (grad.size(1), x.size(1) // groups, *kernel_size)
+    settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    dw = torch.nn.grad.conv2d_weight(z.to(wide), shape, grad.to(wide), *settings)
+    return dw.contiguous(memory_format=torch.channels_last)

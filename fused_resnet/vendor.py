@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, memory_format
 
 
 def conv_bn_act(
@@ -34,3 +34,57 @@ def conv_bn_act(
         shift = torch.zeros(y.size(1), dtype=dtype, device=y.device)
     torch.ops.fused_resnet.bn_act_(y, scale, shift, residual, act)
     return y
+
+
+def conv_dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    added: Tensor | None,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of a convolution's input, plus ``added``."""
+    layout = memory_format(grad, weight)
+    x = grad.new_empty((grad.size(0), weight.size(1) * groups, *input_size))
+    x = x.contiguous(memory_format=layout)  # only its shape and layout are read
+    dx = _backward(grad, x, weight, (stride, padding, dilation), groups, [True, False])[0]
+    return dx if added is None else dx.add_(added)
+
+
+def conv_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of a convolution's weight, its input being ``act(x * scale + shift)``."""
+    if scale is not None and shift is not None:
+        x = torch.ops.fused_resnet.bn_act(x, scale, shift, None, act)
+    elif act == "relu":
+        x = torch.relu(x)
+    weight = x.new_empty((grad.size(1), x.size(1) // groups, *kernel_size))
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    dw = _backward(grad, x, weight, (stride, padding, dilation), groups, [False, True])[1]
+    return dw.to(accumulation_dtype(grad.dtype), memory_format=torch.channels_last)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Sequence[Sequence[int]],
+    groups: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation = (list(pair) for pair in geometry)
+    given = (grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups)
+    return torch.ops.aten.convolution_backward(*given, [*wanted, False])

@@ -270,6 +270,33 @@ struct ConvPackArgs {
   void* packed;
 };
 
+// The gradient of a convolution's input, dx = sum over kernel positions of weight^T grad, plus
+// `added`, which is laid out as dx and may be null or dx itself. All activations are channels_last.
+struct ConvDgradArgs {
+  DType dtype;
+  ConvShape shape;  // of the convolution
+  const void* grad;
+  const void* weight;
+  int64_t weight_stride[4];
+  const void* added;
+  void* dx;
+};
+
+// The gradient of a convolution's weight: sum over output pixels of grad times the input they read,
+// z = act(x * scale[c] + shift[c]) rounded to dtype (act(x) where scale is null), which is padded
+// with zeros. dw is [out_channels][kernel[0]][kernel[1]][in_channels / groups], of the type that is
+// accumulated in.
+struct ConvWgradArgs {
+  DType dtype;
+  Act act;
+  ConvShape shape;
+  const void* grad;
+  const void* x;
+  const void* scale;
+  const void* shift;
+  void* dw;
+};
+
 // Every op's launcher, declared once per place it can run in.
 #define FUSED_RESNET_LAUNCHERS(Stream)                                                  \
   Status eltwise_act(const EltwiseActArgs&, Stream);                                    \
@@ -287,7 +314,9 @@ struct ConvPackArgs {
   Status bn_act_maxpool_backward(const BnActMaxpoolBackwardArgs&, Stream);              \
   Status eltwise_act_backward(const EltwiseActBackwardArgs&, Stream);                   \
   Status conv_bn_act(const ConvBnActArgs&, Stream);                                     \
-  Status conv_pack(const ConvPackArgs&, Stream);
+  Status conv_pack(const ConvPackArgs&, Stream);                                        \
+  Status conv_dgrad(const ConvDgradArgs&, Stream);                                      \
+  Status conv_wgrad(const ConvWgradArgs&, Stream);
 
 namespace cpu {
 

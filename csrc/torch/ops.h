@@ -230,6 +230,28 @@ inline ConvShape conv_shape(const char* op, const Tensor& weight, int64_t groups
   return s;
 }
 
+// Completes a convolution's shape for an input of `sizes`.
+inline void set_geometry(const char* op, ConvShape& s, const Ints& sizes, const Ints& stride,
+                         const Ints& padding, const Ints& dilation) {
+  check_pair(op, "stride", stride, 1);
+  check_pair(op, "padding", padding, 0);
+  check_pair(op, "dilation", dilation, 1);
+  s.batch = sizes[0];
+  s.height = sizes[2];
+  s.width = sizes[3];
+  auto length = [&](int i) {
+    s.stride[i] = stride[i];
+    s.padding[i] = padding[i];
+    s.dilation[i] = dilation[i];
+    const int64_t reach = sizes[2 + i] + 2 * padding[i] - dilation[i] * (s.kernel[i] - 1) - 1;
+    FR_CHECK(reach >= 0, op, ": kernel ", text({s.kernel[0], s.kernel[1]}), " with dilation ",
+             text(dilation), " is larger than the padded input ", text(sizes));
+    return reach / stride[i] + 1;
+  };
+  s.out_height = length(0);
+  s.out_width = length(1);
+}
+
 template <class Device>
 Tensor conv_pack(Tensor weight, int64_t groups) {
   constexpr const char* kOp = "conv_pack";
@@ -258,28 +280,10 @@ Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift
   ConvShape& s = args.shape;
   s = conv_shape(kOp, weight, groups);
   check_like(kOp, "weight", weight, x);
-  check_pair(kOp, "stride", stride, 1);
-  check_pair(kOp, "padding", padding, 0);
-  check_pair(kOp, "dilation", dilation, 1);
   FR_CHECK(x.size(1) == s.in_channels, kOp, ": x must have ", s.in_channels,
            " channels for weight ", text(sizes_of(weight)), " and groups ", groups, ", got ",
            x.size(1));
-  s.batch = x.size(0);
-  s.height = x.size(2);
-  s.width = x.size(3);
-  for (int i = 0; i < 2; ++i) {
-    s.stride[i] = stride[i];
-    s.padding[i] = padding[i];
-    s.dilation[i] = dilation[i];
-  }
-  auto length = [&](int i) {
-    const int64_t reach = x.size(2 + i) + 2 * padding[i] - dilation[i] * (s.kernel[i] - 1) - 1;
-    FR_CHECK(reach >= 0, kOp, ": kernel ", text({s.kernel[0], s.kernel[1]}), " with dilation ",
-             text(dilation), " is larger than the padded input ", text(sizes_of(x)));
-    return reach / stride[i] + 1;
-  };
-  s.out_height = length(0);
-  s.out_width = length(1);
+  set_geometry(kOp, s, sizes_of(x), stride, padding, dilation);
   const Ints out_sizes = {s.batch, s.out_channels, s.out_height, s.out_width};
   auto vector = [&](const char* argument, MaybeTensor& t) {
     if (!t) return;

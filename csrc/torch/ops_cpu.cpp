@@ -1,6 +1,7 @@
 // The CPU engine's registration.
 #include "ops.h"
 #include "ops_training.h"
+#include "ops_training_conv.h"
 #include "ops_training_pool.h"
 
 namespace fused_resnet::glue {
@@ -48,6 +49,8 @@ struct Cpu {
   Status launch(const EltwiseActBackwardArgs& args) {
     return cpu::eltwise_act_backward(args, pool());
   }
+  Status launch(const ConvDgradArgs& args) { return cpu::conv_dgrad(args, pool()); }
+  Status launch(const ConvWgradArgs& args) { return cpu::conv_wgrad(args, pool()); }
 
   static int64_t packed_size(DType dtype, const ConvShape& shape) {
     return cpu::conv_packed_size(dtype, shape);
@@ -72,6 +75,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("bn_act_backward_", TORCH_BOX(&bn_act_backward_<Cpu>));
   library.impl("bn_act_gram", TORCH_BOX(&bn_act_gram<Cpu>));
   library.impl("relu_backward_reduce", TORCH_BOX(&relu_backward_reduce<Cpu>));
+  library.impl("conv_dgrad", TORCH_BOX(&conv_dgrad<Cpu>));
+  library.impl("conv_wgrad", TORCH_BOX(&conv_wgrad<Cpu>));
   library.impl("bn_act_maxpool_train", TORCH_BOX(&bn_act_maxpool_train<Cpu>));
   library.impl("bn_act_maxpool_backward_reduce", TORCH_BOX(&bn_act_maxpool_backward_reduce<Cpu>));
   library.impl("bn_act_maxpool_backward", TORCH_BOX(&bn_act_maxpool_backward<Cpu>));

@@ -55,6 +55,12 @@ constexpr const char* kOps[] = {
     "eltwise_act_backward(Tensor grad, Tensor[] inputs, Tensor? out, str op, float[]? coeff,"
     " str act) -> Tensor[]",
 
+    "conv_dgrad(Tensor grad, Tensor weight, Tensor? added, int[] input_size, int[] stride,"
+    " int[] padding, int[] dilation, int groups) -> Tensor",
+
+    "conv_wgrad(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act,"
+    " int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+
     "conv_pack(Tensor weight, int groups) -> Tensor",
 
     "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"

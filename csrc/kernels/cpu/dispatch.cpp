@@ -88,6 +88,8 @@ FORWARD(bn_act_maxpool_backward_reduce, BnActMaxpoolBackwardReduceArgs)
 FORWARD(bn_act_maxpool_backward, BnActMaxpoolBackwardArgs)
 FORWARD(conv_pack, ConvPackArgs)
 FORWARD(conv_bn_act, ConvBnActArgs)
+FORWARD(conv_dgrad, ConvDgradArgs)
+FORWARD(conv_wgrad, ConvWgradArgs)
 // clang-format on
 
 int64_t conv_packed_size(DType dtype, const ConvShape& shape){

@@ -1,0 +1,82 @@
+// The gradients of a convolution, as ops_training.h has the other ops of training.
+#pragma once
+
+#include "ops_training.h"
+
+namespace fused_resnet::glue {
+
+template <class Device>
+Tensor conv_dgrad(Tensor grad, Tensor weight, MaybeTensor added, Ints input_size, Ints stride,
+                  Ints padding, Ints dilation, int64_t groups) {
+  constexpr const char* kOp = "conv_dgrad";
+  check_dim(kOp, "grad", grad, 4);
+  check_pair(kOp, "input_size", input_size, 0);
+  ConvDgradArgs args{};
+  args.dtype = dtype_of(kOp, "grad", grad);
+  ConvShape& s = args.shape;
+  s = conv_shape(kOp, weight, groups);
+  check_like_grad(kOp, "weight", weight, grad);
+  const Ints sizes = {grad.size(0), s.in_channels, input_size[0], input_size[1]};
+  set_geometry(kOp, s, sizes, stride, padding, dilation);
+  check_sizes(kOp, "grad", grad, {s.batch, s.out_channels, s.out_height, s.out_width});
+  if (added) {
+    check_like_grad(kOp, "added", *added, grad);
+    check_sizes(kOp, "added", *added, sizes);
+  }
+  const bool channels_last = suggests_channels_last(grad) || suggests_channels_last(weight);
+  grad = in_format(grad, true);
+  added = in_format(added, true);
+  Tensor dx = new_output(grad, sizes, true);
+  args.grad = grad.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
+  args.added = pointer(added);
+  args.dx = dx.mutable_data_ptr();
+  check_status(kOp, Device(dx).launch(args));
+  return channels_last ? dx : in_format(dx, false);
+}
+
+template <class Device>
+Tensor conv_wgrad(Tensor grad, Tensor x, MaybeTensor scale, MaybeTensor shift, std::string act,
+                  Ints kernel_size, Ints stride, Ints padding, Ints dilation, int64_t groups) {
+  constexpr const char* kOp = "conv_wgrad";
+  check_dim(kOp, "grad", grad, 4);
+  check_dim(kOp, "x", x, 4);
+  ConvWgradArgs args{};
+  args.dtype = dtype_of(kOp, "grad", grad);
+  args.act = act_of(kOp, act);
+  check_like_grad(kOp, "x", x, grad);
+  check_pair(kOp, "kernel_size", kernel_size, 1);
+  FR_CHECK(groups >= 1 && x.size(1) % groups == 0 && grad.size(1) % groups == 0, kOp,
+           ": groups must be positive and divide the channels ", x.size(1), " and ", grad.size(1),
+           ", got ", groups);
+  FR_CHECK(scale.has_value() == shift.has_value(), kOp,
+           ": scale and shift must be given together, got one");
+  if (scale) {
+    scale = channel_vector(kOp, "scale", *scale, x);
+    shift = channel_vector(kOp, "shift", *shift, x);
+  }
+  ConvShape& s = args.shape;
+  s.in_channels = x.size(1);
+  s.out_channels = grad.size(1);
+  s.kernel[0] = kernel_size[0];
+  s.kernel[1] = kernel_size[1];
+  s.groups = groups;
+  set_geometry(kOp, s, sizes_of(x), stride, padding, dilation);
+  check_sizes(kOp, "grad", grad, {s.batch, s.out_channels, s.out_height, s.out_width});
+  grad = in_format(grad, true);
+  x = in_format(x, true);
+  Tensor dw =
+      torch::stable::empty({s.out_channels, s.in_channels / groups, kernel_size[0], kernel_size[1]},
+                           accumulation_type(grad.scalar_type()), std::nullopt, grad.device(),
+                           std::nullopt, format_of(true));
+  args.grad = grad.const_data_ptr();
+  args.x = x.const_data_ptr();
+  args.scale = pointer(scale);
+  args.shift = pointer(shift);
+  args.dw = dw.mutable_data_ptr();
+  check_status(kOp, Device(dw).launch(args));
+  return dw;
+}
+
+}  // namespace fused_resnet::glue
