@@ -14,7 +14,7 @@ vendor     torch's own convolution with our kernels around it; elsewhere the sam
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -130,12 +130,12 @@ def why_not(engine: str, op: str, device: str, dtype: torch.dtype) -> str | None
 
 
 def choose(
-    op: str, device: str, dtype: torch.dtype, wished: str = "auto", channels_last: bool = True
+    op: str, device: str, dtype: torch.dtype, wished: str = "auto", suited: bool = True
 ) -> str:
     """The engine that runs ``op`` for tensors of ``dtype`` on a ``device`` type. Pure.
 
-    A convolution of contiguous tensors goes to the vendor, which has kernels for that layout; ours
-    would convert it and back. So does one of bf16 on a CPU that multiplies matrices of it.
+    A convolution that is not ``suited``, see :func:`suits`, goes to the vendor. So does one of bf16
+    on a CPU that multiplies matrices of it.
 
     Raises:
         EngineError: ``wished`` is not ``auto`` and cannot run the op.
@@ -147,13 +147,26 @@ def choose(
             raise EngineError(f"{op}: engine {wished!r} cannot run it: {reason}")
         return wished
     by_matrices = device == "cpu" and dtype == torch.bfloat16 and _HAS_MATRIX_UNITS
-    prefer_vendor = op in _CONVOLUTIONS and (not channels_last or by_matrices)
+    prefer_vendor = op in _CONVOLUTIONS and (not suited or by_matrices)
     for engine in ("vendor", "native") if prefer_vendor else ("native", "vendor"):
         if why_not(engine, op, device, dtype) is None:
             return engine
     if (reason := why_not("reference", op, device, dtype)) is not None:
         raise NotImplementedError(f"{op}: {reason}")
     return "reference"
+
+
+def suits(op: str, channels_last: bool, weight: Sequence[int] = (), groups: int = 1) -> bool:
+    """Whether our convolution is the faster one for a weight of that shape. Pure.
+
+    Contiguous tensors would be converted and back. The gradient of a weight is computed by vectors
+    of input channels, which a group, and an image of three channels, do not fill.
+    """
+    if op == "conv_dgrad":
+        return False
+    if op != "conv_wgrad":
+        return channels_last
+    return channels_last and groups == 1 and weight[1] >= 16
 
 
 def implementation(op: str, engine: str) -> Callable[..., Any]:

@@ -37,9 +37,9 @@ class Gram(NamedTuple):
     positions: float
 
 
-def run(op: str, engine: str, x: Any, *args: Any) -> Any:
+def run(op: str, engine: str, x: Any, *args: Any, suited: bool = True) -> Any:
     """Call ``op`` for ``x`` on what :func:`engines.choose` takes for the wish ``engine``."""
-    chosen = engines.choose(op.removesuffix("_"), x.device.type, x.dtype, engine)
+    chosen = engines.choose(op.removesuffix("_"), x.device.type, x.dtype, engine, suited)
     return engines.implementation(op, chosen)(x, *args)
 
 
@@ -72,13 +72,11 @@ def by_transpose(a: Tensor, b: Tensor, engine: str) -> Tensor:
     return y.permute(0, 2, 3, 1).view(a.size(0), b.size(0))
 
 
-def by_columns(a: Tensor, b: Tensor) -> Tensor:
+def by_columns(a: Tensor, b: Tensor, engine: str) -> Tensor:
     """``b.T @ a`` of two matrices, as the gradient of a 1x1 convolution's weight; why: as above."""
-    images = [t.contiguous()[None, None].permute(0, 3, 1, 2) for t in (b, a)]
-    weight = a.new_empty(b.size(1), a.size(1), 1, 1)
-    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
-    _, product, _ = torch.ops.aten.convolution_backward(*images, weight, None, *geometry)
-    return product.flatten(1)
+    grad, x = (t.contiguous()[None, None].permute(0, 3, 1, 2) for t in (b, a))
+    geometry = ([1, 1], *AS_PRODUCT[:-1])
+    return run("conv_wgrad", engine, grad, x, None, None, "none", *geometry).flatten(1)
 
 
 def of_product(weight: Tensor, gram: Gram, engine: str) -> Moments:

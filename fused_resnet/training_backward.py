@@ -6,29 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import engines
 from .moments import AS_PRODUCT, by_columns, by_transpose, count_of, run, sum_over
 from .plan import Kept, Params, Plan, Step, convolve
+from .reference import suggests_channels_last
 
 #: Of a step: of its weight, bias, gamma and beta.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _NOTHING: Gradients = (None, None, None, None)
-#: Images are taken so many at a time where that keeps them in the cache.
-_SLICE_BYTES = 1 << 23
 
 
 def _channels(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
-
-
-def _convolution_backward(
-    g: Tensor, z: Tensor, weight: Tensor, step: Step, need_z: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    if not need_z and not need_weight:
-        return None, None
-    geometry = (step.stride, step.padding, step.dilation, False, [0, 0], step.groups)
-    need = [need_z, need_weight, False]
-    dz, dw, _ = torch.ops.aten.convolution_backward(g, z, weight, None, *geometry, need)
-    return (dz if need_z else None), (dw if need_weight else None)
 
 
 class Backward(NamedTuple):
@@ -51,14 +40,33 @@ class Backward(NamedTuple):
         cast = self.kept[i].weight
         return self.params[i].weight if cast is None else cast
 
-    def activation(self, i: int, x: Tensor, values: bool = True) -> Tensor:
-        """The input of step ``i``, made again; without ``values``, anything of its shape."""
+    def source(self, i: int, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
+        """What the input of step ``i`` is made of: a tensor, scale, shift and activation."""
         if i in (0, len(self.plan.steps)):
-            return x
+            return x, None, None, "none"
         k = self.kept[i - 1]
-        if not values:
-            return k.y  # type: ignore[return-value]
-        return run("bn_act", self.plan.engine, k.y, k.scale, k.shift, None, "relu")
+        return k.y, k.scale, k.shift, "relu"  # type: ignore[return-value]
+
+    def _input(self, i: int, x: Tensor) -> Tensor:
+        """The input of step ``i``, made again."""
+        y, scale, shift, act = self.source(i, x)
+        return y if scale is None else run("bn_act", self.plan.engine, y, scale, shift, None, act)
+
+    def dgrad(
+        self, step: Step, g: Tensor, weight: Tensor, x: Tensor, added: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of x, the input of a step's convolution, plus ``added``."""
+        geometry = (list(x.shape[2:]), step.stride, step.padding, step.dilation, step.groups)
+        return self._convolution("conv_dgrad", step, weight, g, weight, added, *geometry)
+
+    def wgrad(self, step: Step, g: Tensor, weight: Tensor, *z: Any) -> Tensor:
+        """The gradient of a step's weight; ``z``: x, scale, shift and act of its input."""
+        geometry = (list(weight.shape[2:]), step.stride, step.padding, step.dilation, step.groups)
+        return self._convolution("conv_wgrad", step, weight, g, *z, *geometry)
+
+    def _convolution(self, op: str, step: Step, weight: Tensor, g: Tensor, *args: Any) -> Tensor:
+        suited = engines.suits(op, suggests_channels_last(g), weight.shape, step.groups)
+        return run(op, self.plan.engine, g, *args, suited=suited)
 
     def walk(
         self, x: Tensor, out: Tensor, argmax: Tensor | None, grad: Tensor, need_residual: bool
@@ -71,7 +79,7 @@ class Backward(NamedTuple):
         if plan.pool is not None:
             dz, gradients[n] = self._pooled(x, out, argmax, grad)
         elif self.kept[n].y is None:
-            z = self.activation(n, x)
+            z = self._input(n, x)
             dz, gradients[n] = self._linear(n, plan.steps[n], g, sum_g, z, self.reaches(n), n > 0)
         elif apart:
             dz, gradients[n] = self._raw(n, plan.steps[n], g, None, "none", x, False)
@@ -80,9 +88,7 @@ class Backward(NamedTuple):
         for i in range(n - 1, -1, -1):
             if dz is None:
                 break
-            added = None
-            if plan.identity and i == 0:
-                added = g.clone() if g is grad else g
+            added = g if plan.identity and i == 0 else None
             dz, gradients[i] = self._raw(i, plan.steps[i], dz, None, "relu", x, True, added)
         dx = dz if self.need_x else None
         if plan.identity and n == 0 and dx is not None:
@@ -131,7 +137,7 @@ class Backward(NamedTuple):
     ) -> tuple[Tensor | None, Gradients]:
         """Through a step whose raw output was kept.
 
-        ``own_g``: g may be overwritten; ``added``: the gradient of the step's input is added to it.
+        ``own_g``: g may be overwritten; ``added``: to the gradient of the step's input.
         """
         engine, k, wanted = self.plan.engine, self.kept[i], self.wanted[i]
         need_z = self.reaches(i)
@@ -148,25 +154,26 @@ class Backward(NamedTuple):
         else:
             dy = run("bn_act_backward", engine, g, *given)
         dbias = dy.sum((0, 2, 3), dtype=k.scale.dtype) if wanted.bias else None
-        z = self.activation(i, x, wanted.weight)
-        settings = (self.weight(i), step, need_z, wanted.weight)
-        if added is None or not need_z:
-            dz, dweight = _convolution_backward(dy, z, *settings)
-            return dz, (dweight, dbias, dgamma, dbeta)
-        # A few images at a time: their gradients are added while the cache still has them.
-        images = max(1, _SLICE_BYTES * added.size(0) // (added.numel() * added.element_size()))
-        parts = [t.split(images) for t in (dy, z, added)]
-        dweight = None
-        for dy_part, z_part, sum_part in zip(*parts, strict=True):
-            dz, dw = _convolution_backward(dy_part, z_part, *settings)
-            sum_part.add_(dz)
-            dweight = dw if dweight is None else dweight.add_(dw)  # type: ignore[arg-type]
-        return added, (dweight, dbias, dgamma, dbeta)
+        weight, source = self.weight(i), self.source(i, x)
+        dweight = self.wgrad(step, dy, weight, *source) if wanted.weight else None
+        dz = self.dgrad(step, dy, weight, source[0], added) if need_z else None
+        return dz, (dweight, dbias, dgamma, dbeta)
 
     def _linear(
-        self, i: int, step: Step, g: Tensor, sum_g: Tensor, z: Tensor, need_z: bool, own_z: bool
+        self,
+        i: int,
+        step: Step,
+        g: Tensor,
+        sum_g: Tensor,
+        z: Tensor,
+        need_z: bool,
+        own_z: bool,
+        added: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
-        """Through a convolution whose output was never made; ``own_z``: z may be overwritten."""
+        """Through a convolution whose output was never made.
+
+        ``own_z``: z may be overwritten; ``added``: to the gradient of the step's input.
+        """
         k, wanted = self.kept[i], self.wanted[i]
         weight, dtype = self.weight(i), k.scale.dtype
         centred = z
@@ -175,8 +182,8 @@ class Backward(NamedTuple):
             centred = z.sub_(centre) if own_z else z - centre
         scaled = (k.scale.view(-1, 1, 1, 1) * weight).to(z.dtype)
         need_s = step.batch or wanted.weight or wanted.gamma
-        dz, s = _convolution_backward(g, centred, scaled, step, need_z, need_s)
-        s = None if s is None else s.to(dtype)
+        s = self.wgrad(step, g, weight, centred, None, None, "none") if need_s else None
+        dz = self.dgrad(step, g, scaled, z, added) if need_z else None
         if not step.batch:
             dgamma = dweight = None
             if wanted.gamma:
@@ -200,7 +207,7 @@ class Backward(NamedTuple):
             dweight = dweight.as_strided(weight.shape, weight.stride())  # 1x1: any layout is alike
         if not need_z:
             return None, (dweight, None, dgamma, sum_g)
-        back = by_columns(w, bw).to(z.dtype)[:, :, None, None]
+        back = by_columns(w, bw, self.plan.engine).to(z.dtype)[:, :, None, None]
         dz = run("conv_bn_act", self.plan.engine, centred, back, None, c @ w, dz, *AS_PRODUCT)
         return dz, (dweight, None, dgamma, sum_g)
 
@@ -224,7 +231,8 @@ class Backward(NamedTuple):
         )  # fmt: skip
         dbias = dy.sum((0, 2, 3), dtype=k.scale.dtype) if wanted.bias else None
         weight = self.weight(0)
-        dx, dweight = _convolution_backward(dy, x, weight, step, self.need_x, wanted.weight)
+        dweight = self.wgrad(step, dy, weight, *self.source(0, x)) if wanted.weight else None
+        dx = self.dgrad(step, dy, weight, x) if self.need_x else None
         return dx, (dweight, dbias, dgamma, dbeta)
 
     def _shortcut(
@@ -235,10 +243,8 @@ class Backward(NamedTuple):
         k, step, stride = self.kept[i], self.plan.shortcut, self.plan.shortcut.stride  # type: ignore
         if k.y is not None or k.center is None or stride == [1, 1]:
             if k.y is not None:
-                d, gradients = self._raw(i, step, g, None, "none", x, False)  # type: ignore
-            else:
-                d, gradients = self._linear(i, step, g, sum_g, x, self.need_x, False)  # type: ignore
-            return (d if d is None or dx is None else dx.add_(d)), gradients
+                return self._raw(i, step, g, None, "none", x, False, dx)  # type: ignore
+            return self._linear(i, step, g, sum_g, x, self.need_x, False, dx)  # type: ignore
         # Only every stride-th position takes part.
         part = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
         dense = step._replace(stride=[1, 1])  # type: ignore

@@ -47,9 +47,7 @@ def conv_dgrad(
     groups: int,
 ) -> Tensor:
     """The gradient of a convolution's input, plus ``added``."""
-    layout = memory_format(grad, weight)
-    x = grad.new_empty((grad.size(0), weight.size(1) * groups, *input_size))
-    x = x.contiguous(memory_format=layout)  # only its shape and layout are read
+    x = _like(grad, (grad.size(0), weight.size(1) * groups, *input_size), weight)
     dx = _backward(grad, x, weight, (stride, padding, dilation), groups, [True, False])[0]
     return dx if added is None else dx.add_(added)
 
@@ -71,10 +69,15 @@ def conv_wgrad(
         x = torch.ops.fused_resnet.bn_act(x, scale, shift, None, act)
     elif act == "relu":
         x = torch.relu(x)
-    weight = x.new_empty((grad.size(1), x.size(1) // groups, *kernel_size))
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    weight = _like(x, (grad.size(1), x.size(1) // groups, *kernel_size), grad)
     dw = _backward(grad, x, weight, (stride, padding, dilation), groups, [False, True])[1]
     return dw.to(accumulation_dtype(grad.dtype), memory_format=torch.channels_last)
+
+
+def _like(x: Tensor, shape: Sequence[int], other: Tensor) -> Tensor:
+    """A tensor of which torch's backward reads only shape and layout."""
+    layout = memory_format(x, other)
+    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _backward(

@@ -31,7 +31,7 @@ EPS = 1e-5
 ENGINES = {
     "reference": engines.OPS,
     "native": engines.OPS,
-    "vendor": ("conv_bn_act",),
+    "vendor": ("conv_bn_act", "conv_dgrad", "conv_wgrad"),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from cases import PANELS, ROWS, TILE, Source, around, torch_act, torch_batch_norm
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -205,3 +206,19 @@ SOME = [
     Conv(2, (9, 17), (7, 6), kernel=(1, 1), stride=(2, 2), padding=(0, 0)),
     Conv(2, (3, 7), (9, 11), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
 ]
+
+
+@st.composite
+def convolutions(draw):
+    def pairs(least, most):
+        return draw(st.tuples(st.integers(least, most), st.integers(least, most)))
+
+    groups = draw(st.integers(1, 4))
+    kernel, stride, padding, dilation = pairs(1, 4), pairs(1, 3), pairs(0, 3), pairs(1, 3)
+    least = [
+        max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)
+    ]
+    size = tuple(draw(st.integers(n, n + 7)) for n in least)
+    channels = (groups * draw(st.integers(1, 20)), groups * draw(st.integers(1, 20)))
+    batch = draw(st.integers(0, 3))
+    return Conv(batch, channels, size, kernel, stride, padding, dilation, groups)

@@ -20,7 +20,7 @@ from cases import (
     torch_act,
     verify,
 )
-from conv_cases import CASES, SOME, Conv, eager, ours, raw_arguments
+from conv_cases import CASES, SOME, convolutions, eager, ours, raw_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import within_rounding
@@ -144,22 +144,6 @@ def test_opcheck_pack():
     )
     with pytest.raises(NotImplementedError, match="conv_pack: weights cannot be packed inside"):
         PACK(shadow(weight), 1)
-
-
-@st.composite
-def convolutions(draw):
-    def pairs(least, most):
-        return draw(st.tuples(st.integers(least, most), st.integers(least, most)))
-
-    groups = draw(st.integers(1, 4))
-    kernel, stride, padding, dilation = pairs(1, 4), pairs(1, 3), pairs(0, 3), pairs(1, 3)
-    least = [
-        max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)
-    ]
-    size = tuple(draw(st.integers(n, n + 7)) for n in least)
-    channels = (groups * draw(st.integers(1, 20)), groups * draw(st.integers(1, 20)))
-    batch = draw(st.integers(0, 3))
-    return Conv(batch, channels, size, kernel, stride, padding, dilation, groups)
 
 
 @settings(max_examples=500, derandomize=True, deadline=None)
