@@ -28,6 +28,23 @@ constexpr int64_t kSetBytes = 4096;
 // reads.
 enum class Source { in_place, rows, pixels };
 
+// Input positions that an output reaches over, from the first padding on. conv_dgrad's convolutions
+// may need more than `padding` behind an image, and have a negative padding where they skip input.
+FR_VEC int64_t reach_of(const ConvShape& s, int axis) {
+  const int64_t out = axis == 0 ? s.out_height : s.out_width;
+  return (out - 1) * s.stride[axis] + (s.kernel[axis] - 1) * s.dilation[axis] + 1;
+}
+
+FR_VEC int64_t padded_size(const ConvShape& s, int axis) {
+  const int64_t size = (axis == 0 ? s.height : s.width) + 2 * s.padding[axis];
+  return size > reach_of(s, axis) ? size : reach_of(s, axis);
+}
+
+FR_VEC bool reads_padding(const ConvShape& s) {
+  return s.padding[0] > 0 || s.padding[1] > 0 || reach_of(s, 0) - s.padding[0] > s.height ||
+         reach_of(s, 1) - s.padding[1] > s.width;
+}
+
 template <class E>
 struct Buffer {
   E* data;
@@ -54,8 +71,8 @@ struct Conv {
   int64_t depth() const { return merged ? s.kernel[1] * panels.depth : panels.depth; }
 
   // Rows are counted through all images, with their padding where they are copied.
-  int64_t image_rows() const { return s.height + 2 * s.padding[0]; }
-  int64_t row_elements() const { return (s.width + 2 * s.padding[1]) * panels.channels; }
+  int64_t image_rows() const { return padded_size(s, 0); }
+  int64_t row_elements() const { return padded_size(s, 1) * panels.channels; }
   int64_t row_of(int64_t pixel) const {
     const int64_t line = pixel / s.out_width;
     return line / s.out_height * image_rows() + line % s.out_height * s.stride[0];
@@ -83,22 +100,25 @@ struct Conv {
   }
 
   void copy_rows(int64_t first, int64_t count, E* to) const {
-    const int64_t side = s.padding[1] * panels.channels, width = s.width * s.in_channels;
-    const int64_t inside = s.width * panels.channels;
+    const int64_t padding = s.padding[1] > 0 ? s.padding[1] : 0, skipped = padding - s.padding[1];
+    const int64_t room = padded_size(s, 1) - padding, there = s.width - skipped;
+    const int64_t columns = there < 0 ? 0 : there < room ? there : room;
+    const int64_t side = padding * panels.channels, inside = columns * panels.channels;
     for (int64_t row = first; row < first + count; ++row, to += row_elements()) {
       const int64_t image = row / image_rows(), h = row % image_rows() - s.padding[0];
-      const T* from = static_cast<const T*>(args.x) + (image * s.height + h) * width;
+      const T* from = static_cast<const T*>(args.x) +
+                      ((image * s.height + h) * s.width + skipped) * s.in_channels;
       if (h < 0 || h >= s.height) {
         __builtin_memset(to, 0, row_elements() * sizeof(E));
         continue;
       }
       __builtin_memset(to, 0, side * sizeof(E));
-      __builtin_memset(to + side + inside, 0, side * sizeof(E));
+      __builtin_memset(to + side + inside, 0, (row_elements() - side - inside) * sizeof(E));
       if (panels.channels == s.in_channels) {
-        widen(from, width, to + side);
+        widen(from, inside, to + side);
         continue;
       }
-      for (int64_t w = 0; w < s.width; ++w)
+      for (int64_t w = 0; w < columns; ++w)
         copy_pixel(from + w * s.in_channels, to + side + w * panels.channels);
     }
   }
@@ -221,7 +241,7 @@ struct Conv {
         packed && weight_bytes <= kCachedWeightBytes && panel_end - panel_begin == panels.count;
     const int64_t blocks = taps() * ((depth() + kBlock - 1) / kBlock);
     const int64_t panel_bytes = tile_panels * panels.elements() * sizeof(E) / (tiles * blocks);
-    const bool padded = source == Source::in_place && (s.padding[0] > 0 || s.padding[1] > 0);
+    const bool padded = source == Source::in_place && reads_padding(s);
     TileArgs<T> a{};
     a.taps = taps();
     a.depth = depth();
@@ -332,7 +352,7 @@ Status conv(const ConvBnActArgs& args, const Pool& pool) {
   Source source = as_it_lies ? Source::in_place : Source::rows;
   if (panels.taps > 1) {
     if (whole_depth && panels.depth < kShortDepth) source = Source::rows;
-  } else if (!s.padding[0] && !s.padding[1]) {
+  } else if (!s.padding[0] && !s.padding[1] && !reads_padding(s)) {
     const bool one_set = s.in_channels * s.stride[1] * sizeof(E) % kSetBytes == 0;
     if (!as_it_lies || one_set) source = Source::pixels;
   }

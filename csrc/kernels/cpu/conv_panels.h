@@ -224,6 +224,34 @@ FR_VEC void pack_dense(const Panels& p, const T* weight, int64_t channels, bool 
   }
 }
 
+// One panel of an ungrouped weight whose output channels are neighbours in memory, as in the
+// transposed view of a channels_last one: its rows are copied.
+template <class T>
+FR_VEC void pack_rows(const Panels& p, const ConvShape& s, const T* weight, const int64_t* stride,
+                      int64_t columns, Element<T>* to) {
+  constexpr int64_t lanes = kLanes<Acc<T>>;
+  for (int64_t c = 0; c < s.in_channels; c += kPer<T>)
+    for (int64_t tap = 0; tap < p.taps; ++tap) {
+      const T* from =
+          weight + c * stride[1] + tap / s.kernel[1] * stride[2] + tap % s.kernel[1] * stride[3];
+      Element<T>* at = to + (tap * p.depth + c / kPer<T>)*p.width * kPer<T>;
+      for (int64_t k = 0; k < p.width; k += lanes, at += kVecElements<T>) {
+        auto get = [&](const T* row) FR_LAMBDA {
+          return k + lanes <= columns ? load(row + k)
+                 : k < columns        ? load(row + k, columns - k)
+                                      : Vec<Acc<T>>{};
+        };
+        if constexpr (kPer<T> == 1) {
+          store(at, get(from));
+        } else {
+          VecU32 pair = (VecU32)get(from) >> 16;
+          if (c + 1 < s.in_channels) pair |= (VecU32)get(from + stride[1]);
+          __builtin_memcpy(at, &pair, 64);
+        }
+      }
+    }
+}
+
 // The element a value of T is multiplied as.
 template <class T>
 FR_VEC Element<T> element(const T* from) {
@@ -240,6 +268,10 @@ FR_VEC void pack_panel(const Panels& p, const ConvShape& s, const T* weight, con
   const int64_t first = first_channel(p, s, index);
   const int64_t begin = index * p.width;
   const int64_t columns = s.out_channels - begin < p.width ? s.out_channels - begin : p.width;
+  if (s.groups == 1 && stride[0] == 1) {
+    pack_rows(p, s, weight + begin, stride, columns, to);
+    return;
+  }
   if constexpr (sizeof(Acc<T>) == 4) {
     const int64_t run = s.in_channels * p.taps;
     const bool taps_inner =
