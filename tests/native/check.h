@@ -161,6 +161,7 @@ void expect_near(double got, double exact, double magnitude, int64_t steps,
 inline double activate(double x, Act act) { return act == Act::relu && x < 0 ? 0 : x; }
 
 void check_conv_bn_act();
+void check_conv_dgrad();
 void check_conv_wgrad();
 void check_bn_act();
 void check_bn_scale_shift();

@@ -9,8 +9,9 @@ FR_NAMESPACE_BEGIN
 
 namespace {
 
-// A phase of so many bytes is computed at a time and stays in the cache until it is spread.
-constexpr int64_t kPhaseBytes = 1 << 20;
+// So many bytes of a phase are computed at a time: they stay in the last cache until they are
+// spread.
+constexpr int64_t kPhaseBytes = 4 << 20;
 
 // What input positions first, first + stride, ... have in common along one axis.
 struct Phase {
