@@ -41,7 +41,7 @@ GAPS = [
     Conv(1, (64, 64), (7, 9), kernel=(3, 3), stride=(2, 3), padding=(4, 7), dilation=(2, 3)),
     Conv(1, (40, 33), (14, 15), stride=(2, 2)),
     Conv(1, (40, 33), (9, 9), dilation=(2, 4), stride=(4, 6), padding=(2, 4)),
-    Conv(3, (64, 3), (_SLICED, _SLICED), stride=(2, 2)),  # of two slices of images
+    Conv(3, (64, 3), (_SLICED, _SLICED), (1, 1), (2, 2), (0, 0)),  # of two slices of images
 ]
 over_cases = pytest.mark.parametrize("case", sorted({*CASES, *GAPS}, key=str), ids=str)
 over_some = pytest.mark.parametrize("case", [*SOME, *GAPS[:2]], ids=str)
