@@ -162,18 +162,16 @@ def suits(op: str, channels_last: bool, weight: Sequence[int] = (), groups: int 
     Contiguous tensors would be converted and back. The gradient of a weight is computed by vectors
     of input channels, which a group, and an image of three channels, do not fill.
     """
-    if op == "conv_dgrad":
-        return False
-    if op != "conv_wgrad":
-        return channels_last
-    return channels_last and groups == 1 and weight[1] >= 16
+    if op == "conv_wgrad":
+        return channels_last and groups == 1 and weight[1] >= 16
+    return channels_last and (groups == 1 or op != "conv_dgrad")
 
 
 def implementation(op: str, engine: str) -> Callable[..., Any]:
     """The callable that runs ``op`` on ``engine``; all take the arguments of the op's schema."""
     if engine == "reference":
         return getattr(reference_training if op in TRAINING_OPS else reference, op)
-    if engine == "vendor" and op in _CONVOLUTIONS:
+    if engine == "vendor" and op.removesuffix("_") in _CONVOLUTIONS:
         return getattr(vendor, op)
     namespace = "fused_resnet_triton" if engine == "triton" else "fused_resnet"
     return getattr(getattr(torch.ops, namespace), op).default

@@ -178,6 +178,19 @@ def _conv_dgrad(
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
 
 
+def _conv_dgrad_(
+    grad: Tensor,
+    weight: Tensor,
+    added: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    return None
+
+
 def _conv_wgrad(
     grad: Tensor,
     x: Tensor,
@@ -211,5 +224,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "bn_act_maxpool_backward": _bn_act_maxpool_backward,
     "eltwise_act_backward": _eltwise_act_backward,
     "conv_dgrad": _conv_dgrad,
+    "conv_dgrad_": _conv_dgrad_,
     "conv_wgrad": _conv_wgrad,
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import engines
 from .moments import AS_PRODUCT, by_columns, by_transpose, count_of, run, sum_over
 from .plan import Kept, Params, Plan, Step, convolve
-from .reference import suggests_channels_last
+from .reference import memory_format, suggests_channels_last
 
 #: Of a step: of its weight, bias, gamma and beta.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -55,16 +55,19 @@ class Backward(NamedTuple):
     def dgrad(
         self, step: Step, g: Tensor, weight: Tensor, x: Tensor, added: Tensor | None = None
     ) -> Tensor:
-        """The gradient of x, the input of a step's convolution, plus ``added``."""
+        """The gradient of x, the input of a step's convolution, in place added to ``added``."""
         geometry = (list(x.shape[2:]), step.stride, step.padding, step.dilation, step.groups)
-        return self._convolution("conv_dgrad", step, weight, g, weight, added, *geometry)
+        if added is None:
+            return self._convolution("conv_dgrad", step, weight, g, weight, None, *geometry)
+        self._convolution("conv_dgrad_", step, weight, g, weight, added, *geometry)
+        return added
 
     def wgrad(self, step: Step, g: Tensor, weight: Tensor, *z: Any) -> Tensor:
         """The gradient of a step's weight; ``z``: x, scale, shift and act of its input."""
         geometry = (list(weight.shape[2:]), step.stride, step.padding, step.dilation, step.groups)
         return self._convolution("conv_wgrad", step, weight, g, *z, *geometry)
 
-    def _convolution(self, op: str, step: Step, weight: Tensor, g: Tensor, *args: Any) -> Tensor:
+    def _convolution(self, op: str, step: Step, weight: Tensor, g: Tensor, *args: Any) -> Any:
         suited = engines.suits(op, suggests_channels_last(g), weight.shape, step.groups)
         return run(op, self.plan.engine, g, *args, suited=suited)
 
@@ -73,6 +76,8 @@ class Backward(NamedTuple):
     ) -> tuple[Tensor | None, Tensor | None, list[Gradients]]:
         """Gradients of x, of the residual, and of the steps and the shortcut."""
         plan, n = self.plan, len(self.plan.steps) - 1
+        # What an average pooling hands back is contiguous: everything behind it would be, too.
+        grad = grad.contiguous(memory_format=memory_format(out))
         gradients: list[Gradients] = [_NOTHING] * len(self.params)
         apart = need_residual or plan.identity or plan.shortcut is not None
         g, sum_g = self._behind_activation(out, grad, apart or self.kept[n].y is None)
@@ -88,7 +93,9 @@ class Backward(NamedTuple):
         for i in range(n - 1, -1, -1):
             if dz is None:
                 break
-            added = g if plan.identity and i == 0 else None
+            added = None
+            if plan.identity and i == 0:
+                added = g.clone() if g is grad else g
             dz, gradients[i] = self._raw(i, plan.steps[i], dz, None, "relu", x, True, added)
         dx = dz if self.need_x else None
         if plan.identity and n == 0 and dx is not None:
@@ -137,7 +144,7 @@ class Backward(NamedTuple):
     ) -> tuple[Tensor | None, Gradients]:
         """Through a step whose raw output was kept.
 
-        ``own_g``: g may be overwritten; ``added``: to the gradient of the step's input.
+        ``own_g``: g may be overwritten; ``added``: takes the gradient of the step's input.
         """
         engine, k, wanted = self.plan.engine, self.kept[i], self.wanted[i]
         need_z = self.reaches(i)
@@ -172,7 +179,7 @@ class Backward(NamedTuple):
     ) -> tuple[Tensor | None, Gradients]:
         """Through a convolution whose output was never made.
 
-        ``own_z``: z may be overwritten; ``added``: to the gradient of the step's input.
+        ``own_z``: z may be overwritten; ``added``: takes the gradient of the step's input.
         """
         k, wanted = self.kept[i], self.wanted[i]
         weight, dtype = self.weight(i), k.scale.dtype

@@ -2,6 +2,7 @@
 its output for scale, shift, residual and activation, in the accumulation type."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,11 @@ def conv_dgrad(
     x = _like(grad, (grad.size(0), weight.size(1) * groups, *input_size), weight)
     dx = _backward(grad, x, weight, (stride, padding, dilation), groups, [True, False])[0]
     return dx if added is None else dx.add_(added)
+
+
+def conv_dgrad_(grad: Tensor, weight: Tensor, added: Tensor, *args: Any, **kwargs: Any) -> None:
+    """:func:`conv_dgrad` in the place of ``added``."""
+    added.add_(conv_dgrad(grad, weight, None, *args, **kwargs))
 
 
 def conv_wgrad(

@@ -11,7 +11,9 @@ from cases import (
     Source,
     assert_identical,
     at_threads,
+    bits,
     channels_last,
+    copied,
     of_tensors,
     over_backends,
     over_dtypes,
@@ -20,15 +22,15 @@ from cases import (
     shadow,
     verify,
 )
-from conv_cases import CASES, SOME, Conv
+from conv_cases import CASES, SOME, Conv, convolutions
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conv_bn_act import convolutions
 from tolerances import within_rounding
 
 from fused_resnet import engines, reference
 
 OP = torch.ops.fused_resnet.conv_dgrad.default
+IN_PLACE = torch.ops.fused_resnet.conv_dgrad_.default
 #: Of which a phase of three images with 64 channels just exceeds what is computed at a time.
 _SLICED = 2 * (math.isqrt(TILE["kPhaseBytes"][0] // (3 * 64 * 4)) + 1)
 #: Input that no window reads, kernels smaller than their stride, padding larger than the kernel.
@@ -162,10 +164,11 @@ def test_is_the_same_for_any_number_of_threads(case, dtype):
         ("groups", 2, "groups must be positive and divide the output channels 9, got 2"),
     ],
 )
-def test_bad_input(name, value, words):
+@pytest.mark.parametrize("op", [OP, IN_PLACE], ids=["out_of_place", "in_place"])
+def test_bad_input(op, name, value, words):
     made = {**inputs(Conv(), 0, torch.float32), name: value}
-    with pytest.raises((RuntimeError, NotImplementedError), match=f"conv_dgrad: {words}"):
-        OP(*made.values())
+    with pytest.raises((RuntimeError, NotImplementedError), match=f"conv_dgrad_?: {words}"):
+        op(*made.values())
 
 
 @over_layouts
@@ -174,6 +177,8 @@ def test_opcheck(case, layout):
     for added in (True, False):
         made = of_tensors(LAYOUTS[layout], inputs(case, 0, torch.float32, added))
         torch.library.opcheck(OP, tuple(made.values()))
+        if added:
+            torch.library.opcheck(IN_PLACE, tuple(made.values()))
 
 
 @settings(max_examples=500, derandomize=True, deadline=None)
@@ -193,3 +198,16 @@ def test_fuzz(case, dtype, layouts, added, seed):
     steps = case.channels[1] // case.groups * case.kernel[0] * case.kernel[1] + 4
     within_rounding(result, eager(**exact), eager(**of_tensors(torch.abs, exact)), steps)
     assert placed(result) == placed(OP(*shadow(tuple(made.values()))))
+    if added and layouts[2] != "expanded":
+        args = list(made.values())
+        args[2] = copied(made["added"])
+        assert IN_PLACE(*args) is None
+        assert torch.equal(bits(args[2]), bits(result))
+
+
+@over_some
+def test_vendor_in_place(case):
+    made = inputs(case, 0, torch.float32)
+    result = engines.implementation("conv_dgrad", "vendor")(**made)
+    engines.implementation("conv_dgrad_", "vendor")(**made)
+    assert torch.equal(made["added"], result)

@@ -16,6 +16,7 @@ DECLARED = re.findall(r'^    "(\w+)\(', SCHEMA, re.MULTILINE)
 AUXILIARY = {
     "bn_act_": "bn_act",
     "bn_act_backward_": "bn_act_backward",
+    "conv_dgrad_": "conv_dgrad",
     "conv_pack": "conv_bn_act",
 }
 OPS = [op for op in DECLARED if op not in AUXILIARY]

@@ -242,10 +242,16 @@ class Convolutions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
-        # With one image it is a product of matrices, of a weight with itself.
-        if name == "convolution_backward" and args[0].size(0) > 1:
+        if args and isinstance(args[0], Tensor) and args[0].shape[:1] == (1,):
+            pass  # a product of matrices, of a weight with itself
+        elif name == "convolution_backward":
             self.masks.append(tuple(args[-1]))
             self.weights.add(args[2].data_ptr())
+        elif name in ("conv_dgrad", "conv_dgrad_"):
+            self.masks.append((True, False, False))
+            self.weights.add(args[1].data_ptr())
+        elif name == "conv_wgrad":
+            self.masks.append((False, True, False))
         elif name in ("convolution", "conv2d", "mkldnn_convolution"):
             self.forward.append(name)
             self.weights.add(args[1].data_ptr())

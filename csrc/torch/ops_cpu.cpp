@@ -76,6 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("bn_act_gram", TORCH_BOX(&bn_act_gram<Cpu>));
   library.impl("relu_backward_reduce", TORCH_BOX(&relu_backward_reduce<Cpu>));
   library.impl("conv_dgrad", TORCH_BOX(&conv_dgrad<Cpu>));
+  library.impl("conv_dgrad_", TORCH_BOX(&conv_dgrad_<Cpu>));
   library.impl("conv_wgrad", TORCH_BOX(&conv_wgrad<Cpu>));
   library.impl("bn_act_maxpool_train", TORCH_BOX(&bn_act_maxpool_train<Cpu>));
   library.impl("bn_act_maxpool_backward_reduce", TORCH_BOX(&bn_act_maxpool_backward_reduce<Cpu>));

@@ -5,35 +5,61 @@
 
 namespace fused_resnet::glue {
 
+// The tensors of a ConvDgradArgs, checked and channels_last.
+struct ConvDgradTensors {
+  Tensor grad, weight;
+  MaybeTensor added;
+
+  ConvDgradArgs describe(const char* op, const Ints& input_size, const Ints& stride,
+                         const Ints& padding, const Ints& dilation, int64_t groups) {
+    check_dim(op, "grad", grad, 4);
+    check_pair(op, "input_size", input_size, 0);
+    ConvDgradArgs args{};
+    args.dtype = dtype_of(op, "grad", grad);
+    ConvShape& s = args.shape;
+    s = conv_shape(op, weight, groups);
+    check_like_grad(op, "weight", weight, grad);
+    const Ints sizes = {grad.size(0), s.in_channels, input_size[0], input_size[1]};
+    set_geometry(op, s, sizes, stride, padding, dilation);
+    check_sizes(op, "grad", grad, {s.batch, s.out_channels, s.out_height, s.out_width});
+    if (added) {
+      check_like_grad(op, "added", *added, grad);
+      check_sizes(op, "added", *added, sizes);
+    }
+    grad = in_format(grad, true);
+    added = in_format(added, true);
+    args.grad = grad.const_data_ptr();
+    args.weight = weight.const_data_ptr();
+    for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
+    args.added = pointer(added);
+    return args;
+  }
+};
+
 template <class Device>
 Tensor conv_dgrad(Tensor grad, Tensor weight, MaybeTensor added, Ints input_size, Ints stride,
                   Ints padding, Ints dilation, int64_t groups) {
   constexpr const char* kOp = "conv_dgrad";
-  check_dim(kOp, "grad", grad, 4);
-  check_pair(kOp, "input_size", input_size, 0);
-  ConvDgradArgs args{};
-  args.dtype = dtype_of(kOp, "grad", grad);
-  ConvShape& s = args.shape;
-  s = conv_shape(kOp, weight, groups);
-  check_like_grad(kOp, "weight", weight, grad);
-  const Ints sizes = {grad.size(0), s.in_channels, input_size[0], input_size[1]};
-  set_geometry(kOp, s, sizes, stride, padding, dilation);
-  check_sizes(kOp, "grad", grad, {s.batch, s.out_channels, s.out_height, s.out_width});
-  if (added) {
-    check_like_grad(kOp, "added", *added, grad);
-    check_sizes(kOp, "added", *added, sizes);
-  }
+  ConvDgradTensors in{grad, weight, added};
+  ConvDgradArgs args = in.describe(kOp, input_size, stride, padding, dilation, groups);
+  const ConvShape& s = args.shape;
   const bool channels_last = suggests_channels_last(grad) || suggests_channels_last(weight);
-  grad = in_format(grad, true);
-  added = in_format(added, true);
-  Tensor dx = new_output(grad, sizes, true);
-  args.grad = grad.const_data_ptr();
-  args.weight = weight.const_data_ptr();
-  for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
-  args.added = pointer(added);
+  Tensor dx = new_output(grad, {s.batch, s.in_channels, s.height, s.width}, true);
   args.dx = dx.mutable_data_ptr();
   check_status(kOp, Device(dx).launch(args));
   return channels_last ? dx : in_format(dx, false);
+}
+
+template <class Device>
+void conv_dgrad_(Tensor grad, Tensor weight, Tensor added, Ints input_size, Ints stride,
+                 Ints padding, Ints dilation, int64_t groups) {
+  constexpr const char* kOp = "conv_dgrad_";
+  ConvDgradTensors in{grad, weight, added};
+  ConvDgradArgs args = in.describe(kOp, input_size, stride, padding, dilation, groups);
+  // What is not channels_last is worked on in a copy and written back.
+  args.dx = in.added->mutable_data_ptr();
+  check_status(kOp, Device(added).launch(args));
+  if (in.added->const_data_ptr() != added.const_data_ptr()) torch::stable::copy_(added, *in.added);
 }
 
 template <class Device>

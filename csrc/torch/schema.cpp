@@ -58,6 +58,9 @@ constexpr const char* kOps[] = {
     "conv_dgrad(Tensor grad, Tensor weight, Tensor? added, int[] input_size, int[] stride,"
     " int[] padding, int[] dilation, int groups) -> Tensor",
 
+    "conv_dgrad_(Tensor grad, Tensor weight, Tensor(a!) added, int[] input_size, int[] stride,"
+    " int[] padding, int[] dilation, int groups) -> ()",
+
     "conv_wgrad(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act,"
     " int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
 

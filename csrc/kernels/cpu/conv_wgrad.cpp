@@ -10,23 +10,11 @@
 // the output channels.
 #include "../math.h"
 #include "channels.h"
-#include "conv_panels.h"
+#include "wgrad_tile.h"
 
 FR_NAMESPACE_BEGIN
 
 namespace {
-
-// The register tile: output channels by vectors of input channels.
-#if defined(__AVX512F__)
-constexpr int kTile = 8;
-constexpr int kTileVecs = 3;
-#elif defined(__AVX2__)
-constexpr int kTile = 4;
-constexpr int kTileVecs = 1;
-#else
-constexpr int kTile = 2;
-constexpr int kTileVecs = 1;
-#endif
 
 constexpr int64_t kChunkSteps = 448;        // a chain of sums in fp32; half of it for 1x1 kernels
 constexpr int64_t kInputBytes = 300 << 10;  // of a chunk; with its gradient, the second-level cache
@@ -35,65 +23,6 @@ constexpr int64_t kRangeSteps = 1024;       // at least, of a range
 constexpr int64_t kMostRanges = 32;
 constexpr int64_t kRangeBytes = 16 << 20;  // of all ranges' sums
 constexpr int64_t kFlatRow = 64;
-constexpr int64_t kBlock = 8;  // steps from one round of prefetches to the next
-
-// Memory to prefetch while tiles are computed: so many bytes from `at` on for each kBlock steps.
-struct Stream {
-  const char* at;
-  int64_t bytes;
-
-  FR_LAMBDA void prefetch() {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
-    at += bytes;
-  }
-};
-
-template <int kValue>
-struct Width {
-  static constexpr int value = kValue;
-};
-
-// to[k][:] (+)= sum over rows and steps of g[row][step][k] * z[:][slot of row][step][lane].
-template <class T, int kVecs>
-__attribute__((noinline)) void tile(const Element<T>* g, const Element<T>* z, const int64_t* slots,
-                                    int64_t rows, int64_t row_steps, int64_t begin, int64_t end,
-                                    int64_t vector_stride, bool add, Acc<T>* to, int64_t to_stride,
-                                    Stream (&ahead)[2]) {
-  constexpr int kParts = kVecs * kRegisters, kPart = kLanes<Acc<T>> / kRegisters;
-  Register<T> sum[kTile][kParts] = {};
-  for (int64_t row = 0; row < rows; ++row) {
-    if (slots[row] < 0) continue;
-    const Element<T>* a = g + (row * row_steps + begin) * kTile * kPer<T>;
-    const Element<T>* b = z + (slots[row] * row_steps + begin) * kVecElements<T>;
-    for (int64_t step = begin; step < end;) {
-      for (Stream& stream : ahead) stream.prefetch();
-      const int64_t stop = end - step < kBlock ? end : step + kBlock;
-      for (; step < stop; ++step) {
-        Register<T> w[kParts];
-#pragma GCC unroll 16
-        for (int v = 0; v < kParts; ++v)
-          w[v] = load_register<T>(b + v / kRegisters * vector_stride +
-                                  v % kRegisters * (kVecElements<T> / kRegisters));
-#pragma GCC unroll 8
-        for (int k = 0; k < kTile; ++k) {
-          const Register<T> x = splat_step<T>(a + k * kPer<T>);
-#pragma GCC unroll 16
-          for (int v = 0; v < kParts; ++v) multiply_add<T>(sum[k][v], x, w[v]);
-        }
-        a += kTile * kPer<T>;
-        b += kVecElements<T>;
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < kTile; ++k)
-#pragma GCC unroll 16
-    for (int v = 0; v < kParts; ++v) {
-      Acc<T>* at = to + k * to_stride + v * kPart;
-      if (add) sum[k][v] += load_register<T>(at);
-      __builtin_memcpy(at, &sum[k][v], kRegisterBytes);
-    }
-}
 
 template <class T>
 struct Wgrad {
@@ -308,15 +237,16 @@ struct Wgrad {
 
   // What the chunk that begins at `row` reads, for as many steps of one kernel position and vector.
   void look_ahead(int64_t row, int64_t end, int64_t steps, int64_t vectors,
-                  Stream (&ahead)[2]) const {
+                  WgradStream (&ahead)[2]) const {
     const int64_t count = end - row < most_rows() ? end - row : most_rows();
     const int64_t groups_of_vectors = (vectors + kTileVecs - 1) / kTileVecs;
-    const int64_t blocks = steps * s.kernel[0] * s.kernel[1] * groups_of_vectors / kBlock;
+    const int64_t blocks = steps * s.kernel[0] * s.kernel[1] * groups_of_vectors / kWgradBlock;
     const int64_t input =
         flat ? row_pixels * s.in_channels : s.height * s.width * s.in_channels / s.out_height;
     auto stream = [&](const void* from, int64_t elements) {
       const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
-      return Stream{static_cast<const char*>(from) + row * bytes, count * bytes / (blocks + 1)};
+      return WgradStream{static_cast<const char*>(from) + row * bytes,
+                         count * bytes / (blocks + 1)};
     };
     ahead[0] = stream(args.x, input);
     ahead[1] = stream(args.grad, row_pixels * s.out_channels);
@@ -344,7 +274,7 @@ struct Wgrad {
       const int64_t count = range_begin + (range_end - range_begin) * (chunk + 1) / chunks - row;
       const int64_t found = find_rows(row, count, known.data, sources.data, slots.data);
       pack_gradient(row, count, begin, end, g.data);
-      Stream ahead[2];
+      WgradStream ahead[2];
       look_ahead(row + count, range_end, count * row_steps * (end - begin), last_vec - first_vec,
                  ahead);
       for (int64_t v = first_vec; v < last_vec; v += block_vecs) {
@@ -363,7 +293,8 @@ struct Wgrad {
 
   // One tile of output channels by the vectors from v to v_end, at every kernel position.
   void multiply(int64_t t, const E* g, int64_t count, const E* z, int64_t found, int64_t v,
-                int64_t v_end, const int64_t* slots, bool add, A* sum, Stream (&ahead)[2]) const {
+                int64_t v_end, const int64_t* slots, bool add, A* sum,
+                WgradStream (&ahead)[2]) const {
     const int64_t size = found * row_steps * kVecElements<T>;
     const int64_t first = first_vector(t), last = last_vector(t);
     const int64_t from = first > v ? first : v, until = last < v_end ? last : v_end;
@@ -377,8 +308,8 @@ struct Wgrad {
           A* to = sum + t * kTile * channel_sums() + (i * s.kernel[1] + column) * pixel_sums() +
                   (at - first) * kLength;
           auto with = [&](auto width) FR_LAMBDA {
-            tile<T, width.value>(g, b, slots + i * count, count, row_steps, begin, end, size, add,
-                                 to, channel_sums(), ahead);
+            wgrad_tile<T, width.value>(g, b, slots + i * count, count, row_steps, begin, end, size,
+                                       add, to, channel_sums(), ahead);
             at += width.value;
           };
           // Four are two and two: a tile of one vector waits for its loads.
