@@ -25,9 +25,11 @@ BUILDS = {
     "sanitized": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 ORDERS = ("round_robin", "first_ahead", "last_ahead", "random")
+LAZY = tuple(f"{order}+lazy" for order in ORDERS)  # asynchronous copies land late
 
 # What must catch each planted bug, and the words it is reported in. Round robin is known to miss a
-# missing barrier before reuse: all warps advance together there.
+# missing barrier before reuse: all warps advance together there. Copies that land late miss it too,
+# and those that land at once miss that too few are waited for.
 WRONG_RESULT = "check failed: block_sum"
 AHEAD = ("first_ahead", "last_ahead", "random")
 PLANTED = {
@@ -40,6 +42,20 @@ PLANTED = {
     "shared_out_of_bounds": ("sanitized", ORDERS, "runtime error: index 3 out of bounds"),
     "dynamic_out_of_bounds": ("sanitized", ORDERS, "AddressSanitizer: heap-buffer-overflow"),
     "global_out_of_bounds": ("sanitized", ORDERS, "AddressSanitizer: heap-buffer-overflow"),
+}
+WRONG_PRODUCT = "check failed: product"
+IN_FLIGHT = "simt: a thread ends before its copies have landed"
+PLANTED_MMA = {
+    "no_barrier_after_wait": ("plain", ORDERS + LAZY, WRONG_PRODUCT),
+    "no_barrier_before_copy": ("plain", AHEAD, WRONG_PRODUCT),
+    "wait_count": ("plain", LAZY, WRONG_PRODUCT),
+    "no_commit": ("plain", ORDERS + LAZY, IN_FLIGHT),
+    "no_wait_at_end": ("plain", ORDERS + LAZY, IN_FLIGHT),
+    "half_warp_ldmatrix": ("plain", ORDERS, r"simt: deadlock: .*\[32 threads ldmatrix at"),
+    "half_warp_mma": ("plain", ORDERS, r"simt: deadlock: .*\[32 threads mma at"),
+    "copy_out_of_bounds": ("sanitized", ORDERS + LAZY, "AddressSanitizer: heap-buffer-overflow"),
+    "misaligned_copy": ("plain", ORDERS, "simt: cp.async: the destination is not aligned"),
+    "misaligned_row": ("plain", ORDERS, "simt: ldmatrix: a row is not aligned"),
 }
 
 
@@ -81,7 +97,7 @@ def drivers(tmp_path_factory) -> dict[str, Path]:
         pytest.skip("no g++: the emulator needs it")
     folder = tmp_path_factory.mktemp("simt")
     flags = ["-std=c++17", "-DFUSED_RESNET_SIMT", *include_flags(compiler)]
-    flags += ["-include", str(SIMT / "simt.h"), "-Wall", "-Wextra", "-Werror"]
+    flags += ["-include", str(SIMT / "mma.h"), "-Wall", "-Wextra", "-Werror"]
     flags += ["-Wno-unknown-pragmas", "-x", "c++", *map(str, SOURCES)]
 
     def build(name: str) -> Path:
@@ -111,19 +127,32 @@ def passing(driver: Path, order: str, *arguments: str, seed: int = 0) -> str:
 def test_emulator_is_right(drivers, build):
     for order, seed in itertools.product(ORDERS, range(3)):
         passing(drivers[build], order, "shim", "none", seed=seed)
+    for order in ORDERS + LAZY:
+        passing(drivers[build], order, "mma", "none")
+
+
+def caught(driver: Path, order: str, check: str, bug: str, report: str) -> None:
+    # A random order may miss a race; eight of them may not.
+    for seed in range(8 if order.startswith("random") else 1):
+        result = run(driver, order, check, bug, seed=seed)
+        if result.returncode != 0:
+            break
+    assert result.returncode != 0, f"{order} missed it"
+    assert re.search(report, result.stderr), f"{order}: {result.stderr}"
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_emulator_catches(drivers, bug):
     build, orders, report = PLANTED[bug]
     for order in orders:
-        # A random order may miss a race; eight of them may not.
-        for seed in range(8 if order == "random" else 1):
-            result = run(drivers[build], order, "shim", bug, seed=seed)
-            if result.returncode != 0:
-                break
-        assert result.returncode != 0, f"{order} missed it"
-        assert re.search(report, result.stderr), f"{order}: {result.stderr}"
+        caught(drivers[build], order, "shim", bug, report)
+
+
+@pytest.mark.parametrize("bug", PLANTED_MMA)
+def test_emulator_catches_in_matrix_instructions(drivers, bug):
+    build, orders, report = PLANTED_MMA[bug]
+    for order in orders:
+        caught(drivers[build], order, "mma", bug, report)
 
 
 @pytest.mark.parametrize("op", ["sum", "prod", "max"])

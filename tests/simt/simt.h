@@ -1,11 +1,12 @@
 // Runs CUDA source on the CPU: g++ -x c++ -DFUSED_RESNET_SIMT -include simt.h kernel.cu, with
 // CUDA's own headers, for half types and dim3, on the include path. Nothing of CUDA is linked.
 //
-// Every CUDA thread is a fiber. A fiber runs alone until it waits, at __syncthreads, __syncwarp or
-// a shuffle, or ends; `order` picks the next. Blocks run one after the other. Round robin alone
-// hides missing barriers, so kernels are run in every order: in the others one warp, first, last or
-// random, runs ahead. Shared memory is on the heap, of its exact size, and starts as 0xff bytes
-// (NaN).
+// Every CUDA thread is a fiber. A fiber runs alone until it waits, at __syncthreads, __syncwarp, a
+// shuffle or a matrix instruction, or ends; `order` picks the next. Blocks run one after the other.
+// Round robin alone hides missing barriers, so kernels are run in every order: in the others one
+// warp, first, last or random, runs ahead. Asynchronous copies land at once or as late as waiting
+// for them allows: each hides what the other shows. Shared memory is on the heap, of its exact
+// size, and starts as 0xff bytes (NaN).
 //
 // Stricter than hardware: all threads of a block, or of a warp's mask, must meet at one source
 // line, and none may have returned. Whatever breaks this ends the process with a message. A barrier
@@ -46,6 +47,9 @@ enum class Order { round_robin, first_ahead, last_ahead, random };
 inline Order order = Order::round_robin;
 inline std::mt19937 generator;  // seed it for Order::random
 
+enum class Landing { eager, lazy };
+inline Landing landing = Landing::eager;
+
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int kWarp = 32;
 
@@ -59,6 +63,13 @@ struct Place {  // where a fiber waits; all that meet must agree on it
   }
 };
 
+struct Copy {  // asynchronous: `bytes` from `from`, and zeros up to 16
+  void* to;
+  const void* from;
+  int bytes;
+  int group;
+};
+
 struct Fiber {
   enum { ready, waiting, done } state;
   ucontext_t context;
@@ -66,8 +77,11 @@ struct Fiber {
   void* fake_stack;  // ASan's
   uint3 thread;
   Place place;
-  int source;               // the lane a shuffle reads from,
-  uint64_t sent, received;  // and the two ends of it
+  int source;                // the lane a shuffle reads from,
+  uint64_t sent, received;   // and the two ends of it
+  void* brought;             // to an operation of the whole warp
+  std::vector<Copy> copies;  // not waited for
+  int groups;                // committed
 };
 
 using Memory = std::unique_ptr<char, decltype(&free)>;
@@ -116,6 +130,7 @@ inline void yield() {
 inline void enter() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   body();
+  if (!fibers[current].copies.empty()) fail("a thread ends before its copies have landed");
   fibers[current].state = Fiber::done;
   yield();
 }
@@ -142,8 +157,9 @@ inline void meet_block(const char* file, int line) {
   yield();
 }
 
-// The last lane to come delivers what all of them sent.
-inline void meet_warp(const char* what, unsigned mask, int source, const char* file, int line) {
+// The last lane to come delivers what all of them sent, or performs what they came for together.
+inline void meet_warp(const char* what, unsigned mask, int source, const char* file, int line,
+                      const std::function<void(Fiber*)>& perform = nullptr) {
   Fiber* lanes = &fibers[current / kWarp * kWarp];
   Fiber& self = fibers[current];
   mask &= ~0u >> std::max(0, kWarp - (threads - current / kWarp * kWarp));  // a smaller last warp
@@ -158,6 +174,7 @@ inline void meet_warp(const char* what, unsigned mask, int source, const char* f
     if (takes_part(i))
       complete = complete && lanes[i].state == Fiber::waiting && lanes[i].place == self.place;
   if (complete) {
+    if (perform) perform(lanes);
     for (int i = 0; i < kWarp; ++i) {
       if (!takes_part(i)) continue;
       lanes[i].received = lanes[lanes[i].source].sent;
@@ -174,6 +191,42 @@ T shuffle(const char* what, unsigned mask, T value, int source, const char* file
   meet_warp(what, mask, source, file, line);
   memcpy(&value, &fibers[current].received, sizeof(T));
   return value;
+}
+
+// An operation of all 32 lanes: each brings a T, perform(lane -> T&) is run once.
+template <class T, class F>
+void together(const char* what, T mine, const char* file, int line, const F& perform) {
+  if (current / kWarp * kWarp + kWarp > threads) fail(std::string(what) + ": not a full warp");
+  fibers[current].brought = &mine;
+  meet_warp(what, ~0u, current % kWarp, file, line, [&](Fiber* lanes) {
+    perform([&](int lane) -> T& { return *static_cast<T*>(lanes[lane].brought); });
+  });
+}
+
+inline void land(const Copy& copy) {
+  char bytes[16] = {};
+  memcpy(bytes, copy.from, copy.bytes);
+  memcpy(copy.to, bytes, 16);
+}
+
+inline void start_copy(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) fail("cp.async: the destination is not aligned");
+  if (bytes && reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async: the source is not aligned");
+  Fiber& self = fibers[current];
+  self.copies.push_back({to, from, bytes, self.groups});
+  if (landing == Landing::eager) land(self.copies.back());
+}
+
+inline void commit_copies() { ++fibers[current].groups; }
+
+// Until at most `left` of the committed groups are in flight.
+inline void wait_for_copies(int left) {
+  Fiber& self = fibers[current];
+  auto done = [&](const Copy& copy) { return copy.group < self.groups - left; };
+  for (const Copy& copy : self.copies)
+    if (landing == Landing::lazy && done(copy)) land(copy);
+  self.copies.erase(std::remove_if(self.copies.begin(), self.copies.end(), done),
+                    self.copies.end());
 }
 
 // The ready fiber to run next, or -1.
@@ -213,6 +266,7 @@ inline void run_block(size_t shared_bytes) {
     fiber.context.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber.context, enter, 0);
     fiber.state = Fiber::ready;
+    fiber.groups = 0;
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
   current = threads - 1;
