@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ONCE = Pace(seconds=0, least_rounds=2, most_rounds=2, sample_seconds=0)
 
 
-def run(*args, timeout=300):
+def run(*args, timeout=900):
     command = [sys.executable, "-m", "bench", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
