@@ -231,6 +231,15 @@ class Front(nn.Module):
         return self.net.layer1(self.net.stem(x))
 
 
+#: Of ops that differentiate a convolution: which argument is the weight, which gradients are made.
+GRADIENTS = {
+    "convolution_backward": (2, None),  # its last argument says which
+    "conv_dgrad": (1, (True, False, False)),
+    "conv_dgrad_": (1, (True, False, False)),
+    "conv_wgrad": (None, (False, True, False)),
+}
+
+
 class Convolutions(TorchDispatchMode):
     """Records convolutions, and of backward ones, which gradients were asked for."""
 
@@ -242,16 +251,12 @@ class Convolutions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
-        if args and isinstance(args[0], Tensor) and args[0].shape[:1] == (1,):
-            pass  # a product of matrices, of a weight with itself
-        elif name == "convolution_backward":
-            self.masks.append(tuple(args[-1]))
-            self.weights.add(args[2].data_ptr())
-        elif name in ("conv_dgrad", "conv_dgrad_"):
-            self.masks.append((True, False, False))
-            self.weights.add(args[1].data_ptr())
-        elif name == "conv_wgrad":
-            self.masks.append((False, True, False))
+        # With one image it is a product of matrices, of a weight with itself.
+        if name in GRADIENTS and args[0].size(0) > 1:
+            place, mask = GRADIENTS[name]
+            self.masks.append(mask or tuple(args[-1]))
+            if place is not None:
+                self.weights.add(args[place].data_ptr())
         elif name in ("convolution", "conv2d", "mkldnn_convolution"):
             self.forward.append(name)
             self.weights.add(args[1].data_ptr())

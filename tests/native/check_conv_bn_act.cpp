@@ -11,64 +11,40 @@ struct Case {
   bool thorough;  // every choice of packing, weight layout and epilogue
 };
 
-ConvShape shape(int64_t batch, int64_t height, int64_t width, int64_t in, int64_t out,
-                int64_t kernel, int64_t stride = 1, int64_t padding = 0, int64_t dilation = 1,
-                int64_t groups = 1) {
-  ConvShape s{batch, height, width, in, 0, 0, out, {}, {}, {}, {}, groups};
-  for (int i = 0; i < 2; ++i) {
-    s.kernel[i] = kernel;
-    s.stride[i] = stride;
-    s.padding[i] = padding;
-    s.dilation[i] = dilation;
-  }
-  return s;
-}
-
-void measure(ConvShape& s) {
-  auto length = [&](int64_t n, int i) {
-    return (n + 2 * s.padding[i] - s.dilation[i] * (s.kernel[i] - 1) - 1) / s.stride[i] + 1;
-  };
-  s.out_height = length(s.height, 0);
-  s.out_width = length(s.width, 1);
-}
-
 template <class T>
 std::vector<Case> cases() {
   const int64_t lanes = kernels::kLanes<Acc<T>>, width = kernels::kMaxVecs * lanes;
   std::vector<Case> all;
-  auto add = [&](ConvShape s, bool thorough = false) {
-    measure(s);
-    all.push_back({s, thorough});
-  };
+  auto add = [&](ConvShape s, bool thorough = false) { all.push_back({measured(s), thorough}); };
   for (int64_t pixels : {kRows - 1, kRows, kRows + 1, 2 * kRows + 1}) {
-    add(shape(1, 1, pixels, 5, 7, 1));
-    add(shape(1, 1, pixels, 5, 7, 3, 1, 1));
+    add(conv_shape(1, 1, pixels, 5, 7, 1));
+    add(conv_shape(1, 1, pixels, 5, 7, 3, 1, 1));
   }
   for (int64_t out :
        {int64_t(1), lanes - 1, lanes, lanes + 1, width - 1, width, width + 1, 2 * width + 3}) {
-    add(shape(1, 3, 5, 6, out, 1));
-    add(shape(1, 3, 4, 4, out, 3, 1, 1));
-    add(shape(1, 3, 4, 6, 2 * out, 3, 1, 1, 1, 2));
+    add(conv_shape(1, 3, 5, 6, out, 1));
+    add(conv_shape(1, 3, 4, 4, out, 3, 1, 1));
+    add(conv_shape(1, 3, 4, 6, 2 * out, 3, 1, 1, 1, 2));
   }
-  for (int64_t in : {1, 3, 15, 16, 17}) add(shape(2, 4, 3, in, 9, 3, 2, 1));
-  add(shape(1, 2, 3, FR_SUM_STEPS + 1, 5, 1));
-  add(shape(1, 2, 3, FR_SUM_STEPS / 9 + 1, 5, 3, 1, 1));
-  add(shape(1, 11, 9, 3, 8, 7, 2, 3), true);        // the stem
-  add(shape(2, 5, 4, 9, 17, 1, 2), true);           // a projection
-  add(shape(2, 5, 4, 6, 18, 3, 1, 1, 1, 3), true);  // groups
-  add(shape(2, 4, 4, 8, 8, 3, 1, 1, 1, 8), true);   // depthwise
-  add(shape(1, 7, 6, 4, 5, 3, 1, 2, 2));            // dilation
-  add(shape(2, 3, 3, 4, 5, 1, 3, 4));               // whole windows in the padding
-  add(shape(1, 1, 1, 1, 1, 1), true);               // the least there is
-  add(shape(0, 3, 3, 4, 5, 3, 1, 1));               // no images
+  for (int64_t in : {1, 3, 15, 16, 17}) add(conv_shape(2, 4, 3, in, 9, 3, 2, 1));
+  add(conv_shape(1, 2, 3, FR_SUM_STEPS + 1, 5, 1));
+  add(conv_shape(1, 2, 3, FR_SUM_STEPS / 9 + 1, 5, 3, 1, 1));
+  add(conv_shape(1, 11, 9, 3, 8, 7, 2, 3), true);        // the stem
+  add(conv_shape(2, 5, 4, 9, 17, 1, 2), true);           // a projection
+  add(conv_shape(2, 5, 4, 6, 18, 3, 1, 1, 1, 3), true);  // groups
+  add(conv_shape(2, 4, 4, 8, 8, 3, 1, 1, 1, 8), true);   // depthwise
+  add(conv_shape(1, 7, 6, 4, 5, 3, 1, 2, 2));            // dilation
+  add(conv_shape(2, 3, 3, 4, 5, 1, 3, 4));               // whole windows in the padding
+  add(conv_shape(1, 1, 1, 1, 1, 1), true);               // the least there is
+  add(conv_shape(0, 3, 3, 4, 5, 3, 1, 1));               // no images
   // Read where it lies, with padding, by both kinds of tile.
   for (int64_t out : {width, 2 * width, 2 * width + 1})
     for (int64_t across : {int64_t(kernels::kWideRows), int64_t(kRows), int64_t(kRows) + 1})
-      add(shape(2, 3, across, 2 * FR_SHORT_DEPTH, out, 3, 1, 1), out == 2 * width);
-  add(shape(1, 5, 7, 2 * FR_SHORT_DEPTH + 1, 2 * width, 5, 1, 4, 2));
+      add(conv_shape(2, 3, across, 2 * FR_SHORT_DEPTH, out, 3, 1, 1), out == 2 * width);
+  add(conv_shape(1, 5, 7, 2 * FR_SHORT_DEPTH + 1, 2 * width, 5, 1, 4, 2));
   for (int64_t stride : {1, 2})  // pixels are copied
-    add(shape(1, 3, 4, FR_SET_BYTES / sizeof(T), 2 * width, 1, stride), stride == 2);
-  ConvShape oblong = shape(2, 6, 7, 5, 9, 1);
+    add(conv_shape(1, 3, 4, FR_SET_BYTES / sizeof(T), 2 * width, 1, stride), stride == 2);
+  ConvShape oblong = conv_shape(2, 6, 7, 5, 9, 1);
   oblong.kernel[0] = 4;
   oblong.kernel[1] = 2;
   oblong.stride[1] = 2;
@@ -77,8 +53,8 @@ std::vector<Case> cases() {
   add(oblong, true);
   // Enough pixels for more than one chunk, and for packing before the pass.
   const int64_t pixels = FR_PACK_IN_PASS / (48 * sizeof(Acc<T>)) + 1;
-  add(shape(2, 3, pixels / 6 + 1, 16, 32, 1));
-  add(shape(1, 2, pixels / 2 + 1, 16, 32, 3, 1, 1));
+  add(conv_shape(2, 3, pixels / 6 + 1, 16, 32, 1));
+  add(conv_shape(1, 2, pixels / 2 + 1, 16, 32, 3, 1, 1));
   return all;
 }
 
@@ -106,14 +82,7 @@ struct Problem {
     residual.fill();
     scale.fill();
     shift.fill();
-    // Which of [out, in, height, width] is innermost, and so on outwards.
-    const int orders[3][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}, {0, 1, 2, 3}};
-    const int64_t sizes[4] = {s.out_channels, group_in, s.kernel[0], s.kernel[1]};
-    int64_t stride = 1;
-    for (int d : orders[weight_layout]) {
-      weight_stride[d] = stride;
-      stride *= sizes[d];
-    }
+    lay_out_weight(s, weight_layout, weight_stride);
   }
 
   fused_resnet::ConvBnActArgs args(const Array<Element<T>>* packed, Array<T>& out) const {

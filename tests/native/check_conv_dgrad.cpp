@@ -7,12 +7,7 @@ using fused_resnet::ConvShape;
 using kernels::kRows;
 
 template <class T>
-void check_one(ConvShape s, int layout, bool has_added) {
-  auto length = [&](int64_t n, int i) {
-    return (n + 2 * s.padding[i] - s.dilation[i] * (s.kernel[i] - 1) - 1) / s.stride[i] + 1;
-  };
-  s.out_height = length(s.height, 0);
-  s.out_width = length(s.width, 1);
+void check_one(const ConvShape& s, int layout, bool has_added) {
   const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
   Array<T> grad(s.batch * s.out_height * s.out_width * s.out_channels);
   Array<T> weight(s.out_channels * group_in * s.kernel[0] * s.kernel[1]);
@@ -21,14 +16,7 @@ void check_one(ConvShape s, int layout, bool has_added) {
   weight.fill();
   added.fill();
   fused_resnet::ConvDgradArgs args{Type<T>::dtype, s, grad.data(), weight.data(), {}, added.data()};
-  // Which of [out, in, height, width] is innermost, and so on outwards.
-  const int orders[3][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}, {0, 1, 2, 3}};
-  const int64_t sizes[4] = {s.out_channels, group_in, s.kernel[0], s.kernel[1]};
-  int64_t stride = 1;
-  for (int d : orders[layout]) {
-    args.weight_stride[d] = stride;
-    stride *= sizes[d];
-  }
+  lay_out_weight(s, layout, args.weight_stride);
   const int64_t n = s.batch * s.height * s.width * s.in_channels;
   std::vector<double> exact(n), magnitude(n);
   for (int64_t i = 0; i < n; ++i) magnitude[i] = std::fabs(exact[i] = added.at(i, 0));
@@ -74,18 +62,8 @@ void check_type() {
   const int64_t lanes = kernels::kLanes<Acc<T>>, width = kernels::kMaxVecs * lanes;
   auto check = [&](int64_t height, int64_t across, int64_t in, int64_t out, int64_t kernel,
                    int64_t stride, int64_t padding, int64_t dilation = 1, int64_t groups = 1) {
-    const ConvShape s{2,
-                      height,
-                      across,
-                      in,
-                      0,
-                      0,
-                      out,
-                      {kernel, kernel},
-                      {stride, stride},
-                      {padding, padding},
-                      {dilation, dilation},
-                      groups};
+    const ConvShape s =
+        measured(conv_shape(2, height, across, in, out, kernel, stride, padding, dilation, groups));
     for (int layout : {0, 1, 2})
       for (bool added : {true, false}) check_one<T>(s, layout, added);
   };

@@ -5,42 +5,28 @@ namespace {
 
 using fused_resnet::ConvShape;
 
-ConvShape shape(int64_t batch, int64_t height, int64_t width, int64_t in, int64_t out,
-                int64_t kernel, int64_t stride = 1, int64_t padding = 0, int64_t dilation = 1,
-                int64_t groups = 1) {
-  ConvShape s{batch, height, width, in, 0, 0, out, {}, {}, {}, {}, groups};
-  for (int i = 0; i < 2; ++i) {
-    s.kernel[i] = kernel;
-    s.stride[i] = stride;
-    s.padding[i] = padding;
-    s.dilation[i] = dilation;
-  }
-  s.out_height = (height + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-  s.out_width = (width + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-  return s;
-}
-
 template <class T>
 std::vector<ConvShape> shapes() {
   const int64_t lanes = kernels::kLanes<Acc<T>>;
   std::vector<ConvShape> all;
+  auto add = [&](const ConvShape& s) { all.push_back(measured(s)); };
   for (int64_t in : {int64_t(1), lanes - 1, lanes, lanes + 1, 3 * lanes, 4 * lanes + 1})
-    for (int64_t kernel : {1, 3}) all.push_back(shape(1, 3, 5, in, 9, kernel, 1, kernel / 2));
-  for (int64_t out : {1, 2, 7, 8, 17}) all.push_back(shape(2, 4, 3, 5, out, 3, 2, 1));
+    for (int64_t kernel : {1, 3}) add(conv_shape(1, 3, 5, in, 9, kernel, 1, kernel / 2));
+  for (int64_t out : {1, 2, 7, 8, 17}) add(conv_shape(2, 4, 3, 5, out, 3, 2, 1));
   for (int64_t pixels : {FR_FLAT_ROW - 1, FR_FLAT_ROW, FR_FLAT_ROW + 1, FR_CHUNK_STEPS / 2 + 1})
-    all.push_back(shape(1, 1, pixels, 5, 3, 1));
-  all.push_back(shape(1, 2, FR_CHUNK_STEPS + 1, 3, 3, 3, 1, 1));  // rows longer than a chunk
-  all.push_back(shape(3, 20, 21, 2, 3, 3, 1, 1));                 // chunks that span images
-  all.push_back(shape(2, 31, 40, 2, 3, 1));                       // ranges
-  all.push_back(shape(1, 2, 2, 4, FR_MOST_OUT_CHANNELS + 3, 1));
-  all.push_back(shape(1, 11, 9, 3, 8, 7, 2, 3));        // the stem
-  all.push_back(shape(2, 5, 4, 9, 17, 1, 2));           // a projection
-  all.push_back(shape(2, 5, 4, 6, 18, 3, 1, 1, 1, 3));  // groups
-  all.push_back(shape(2, 4, 4, 40, 40, 3, 1, 1, 1, 40));
-  all.push_back(shape(1, 7, 6, 4, 5, 3, 1, 2, 2));  // dilation
-  all.push_back(shape(2, 3, 3, 4, 5, 1, 3, 4));     // whole windows in the padding
-  all.push_back(shape(1, 1, 1, 1, 1, 3, 1, 1));
-  all.push_back(shape(0, 3, 3, 4, 5, 3, 1, 1));  // no images
+    add(conv_shape(1, 1, pixels, 5, 3, 1));
+  add(conv_shape(1, 2, FR_CHUNK_STEPS + 1, 3, 3, 3, 1, 1));  // rows longer than a chunk
+  add(conv_shape(3, 20, 21, 2, 3, 3, 1, 1));                 // chunks that span images
+  add(conv_shape(2, 31, 40, 2, 3, 1));                       // ranges
+  add(conv_shape(1, 2, 2, 4, FR_MOST_OUT_CHANNELS + 3, 1));
+  add(conv_shape(1, 11, 9, 3, 8, 7, 2, 3));        // the stem
+  add(conv_shape(2, 5, 4, 9, 17, 1, 2));           // a projection
+  add(conv_shape(2, 5, 4, 6, 18, 3, 1, 1, 1, 3));  // groups
+  add(conv_shape(2, 4, 4, 40, 40, 3, 1, 1, 1, 40));
+  add(conv_shape(1, 7, 6, 4, 5, 3, 1, 2, 2));  // dilation
+  add(conv_shape(2, 3, 3, 4, 5, 1, 3, 4));     // whole windows in the padding
+  add(conv_shape(1, 1, 1, 1, 1, 3, 1, 1));
+  add(conv_shape(0, 3, 3, 4, 5, 3, 1, 1));  // no images
   return all;
 }
 
