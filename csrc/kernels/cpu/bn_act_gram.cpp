@@ -129,22 +129,10 @@ struct Gram {
       const int64_t own = i / kLength;
       const A* a = block + own * vector_stride + i % kLength;
       double* to = matrix + i * columns();
-      for (int64_t v = own; v < vectors;) {
-        const int64_t left = vectors - v;
-        const A* b = block + v * vector_stride;
-        double* at = to + v * kLength;
-        // Four are two and two: a tile of one vector waits for its loads.
-        if (kGramVecs >= 3 && left >= 3 && left != 4) {
-          tile<A, 3>(a, b, count, vector_stride, at, columns());
-          v += 3;
-        } else if (kGramVecs >= 2 && left >= 2) {
-          tile<A, 2>(a, b, count, vector_stride, at, columns());
-          v += 2;
-        } else {
-          tile<A, 1>(a, b, count, vector_stride, at, columns());
-          v += 1;
-        }
-      }
+      for_tiles<kGramVecs>(own, vectors, [&](auto width, int64_t v) FR_LAMBDA {
+        tile<A, width.value>(a, block + v * vector_stride, count, vector_stride, to + v * kLength,
+                             columns());
+      });
     }
   }
 

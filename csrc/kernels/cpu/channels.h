@@ -73,6 +73,30 @@ struct OneChannel {
   }
 };
 
+template <int kValue>
+struct Width {
+  static constexpr int value = kValue;
+};
+
+// f(width, at) for register tiles of up to kMost vectors that cover those from `at` to `end`. Four
+// are two and two: a tile of one vector waits for its loads.
+template <int kMost, class F>
+FR_VEC void for_tiles(int64_t at, int64_t end, const F& f) {
+  while (at < end) {
+    const int64_t left = end - at;
+    if (kMost >= 3 && left >= 3 && left != 4) {
+      f(Width<kMost >= 3 ? 3 : 1>{}, at);
+      at += 3;
+    } else if (kMost >= 2 && left >= 2) {
+      f(Width<kMost >= 2 ? 2 : 1>{}, at);
+      at += 2;
+    } else {
+      f(Width<1>{}, at);
+      at += 1;
+    }
+  }
+}
+
 // f(offset, lanes) for every vector of n elements.
 template <class A, class F>
 FR_VEC void for_vectors(int64_t n, const F& f) {

@@ -113,6 +113,19 @@ FR_VEC void store_result(T* p, Vec<Acc<T>> v) {
   store(p, v);
 }
 
+// Memory to prefetch while a tile is computed: `bytes` from `at` on each time, into the caches of a
+// level that __builtin_prefetch's locality names.
+struct Stream {
+  const char* at;
+  int64_t bytes;
+
+  template <int kLocality>
+  FR_LAMBDA void prefetch() {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, kLocality);
+    at += bytes;
+  }
+};
+
 struct Panels {
   int64_t vecs;   // vectors a panel is wide
   int64_t width;  // output channels of a panel; the last one is filled up with zeros

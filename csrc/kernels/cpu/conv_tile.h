@@ -17,12 +17,6 @@ constexpr int64_t kBlock = 16;
 // out where they are the first, the last, or all of a tile. Elsewhere they read zeros.
 enum Reach : uint8_t { kAll, kNotFirst, kNotLast, kNone };
 
-// Memory to prefetch while a tile is computed: so many bytes from `at` on for each kBlock steps.
-struct Stream {
-  const char* at;
-  int64_t bytes;
-};
-
 template <class T>
 struct TileArgs {
   using A = Acc<T>;
@@ -64,12 +58,8 @@ struct Ahead {
   template <int kWidth>
   FR_LAMBDA void prefetch() {
     // A panel is more than the first-level cache holds.
-    for (int64_t line = 0; line < panel.bytes; line += 64)
-      __builtin_prefetch(panel.at + line, 0, 2);
-    for (int64_t line = 0; line < input.bytes; line += 64)
-      __builtin_prefetch(input.at + line, 0, 3);
-    panel.at += panel.bytes;
-    input.at += input.bytes;
+    panel.template prefetch<2>();
+    input.template prefetch<3>();
     for (int64_t i = 0; i < pixels; ++i, out += pixel, residual += pixel)
       for (int64_t c = 0; c < kWidth; c += 64 / static_cast<int64_t>(sizeof(T))) {
         __builtin_prefetch(out + c, 1, 3);

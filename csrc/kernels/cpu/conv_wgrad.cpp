@@ -237,7 +237,7 @@ struct Wgrad {
 
   // What the chunk that begins at `row` reads, for as many steps of one kernel position and vector.
   void look_ahead(int64_t row, int64_t end, int64_t steps, int64_t vectors,
-                  WgradStream (&ahead)[2]) const {
+                  Stream (&ahead)[2]) const {
     const int64_t count = end - row < most_rows() ? end - row : most_rows();
     const int64_t groups_of_vectors = (vectors + kTileVecs - 1) / kTileVecs;
     const int64_t blocks = steps * s.kernel[0] * s.kernel[1] * groups_of_vectors / kWgradBlock;
@@ -245,8 +245,7 @@ struct Wgrad {
         flat ? row_pixels * s.in_channels : s.height * s.width * s.in_channels / s.out_height;
     auto stream = [&](const void* from, int64_t elements) {
       const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
-      return WgradStream{static_cast<const char*>(from) + row * bytes,
-                         count * bytes / (blocks + 1)};
+      return Stream{static_cast<const char*>(from) + row * bytes, count * bytes / (blocks + 1)};
     };
     ahead[0] = stream(args.x, input);
     ahead[1] = stream(args.grad, row_pixels * s.out_channels);
@@ -274,7 +273,7 @@ struct Wgrad {
       const int64_t count = range_begin + (range_end - range_begin) * (chunk + 1) / chunks - row;
       const int64_t found = find_rows(row, count, known.data, sources.data, slots.data);
       pack_gradient(row, count, begin, end, g.data);
-      WgradStream ahead[2];
+      Stream ahead[2];
       look_ahead(row + count, range_end, count * row_steps * (end - begin), last_vec - first_vec,
                  ahead);
       for (int64_t v = first_vec; v < last_vec; v += block_vecs) {
@@ -293,8 +292,7 @@ struct Wgrad {
 
   // One tile of output channels by the vectors from v to v_end, at every kernel position.
   void multiply(int64_t t, const E* g, int64_t count, const E* z, int64_t found, int64_t v,
-                int64_t v_end, const int64_t* slots, bool add, A* sum,
-                WgradStream (&ahead)[2]) const {
+                int64_t v_end, const int64_t* slots, bool add, A* sum, Stream (&ahead)[2]) const {
     const int64_t size = found * row_steps * kVecElements<T>;
     const int64_t first = first_vector(t), last = last_vector(t);
     const int64_t from = first > v ? first : v, until = last < v_end ? last : v_end;
@@ -302,24 +300,12 @@ struct Wgrad {
       const int64_t begin = first_pixel(column) / kPer<T>;
       const int64_t end = (end_pixel(column) + kPer<T> - 1) / kPer<T>;
       for (int64_t i = 0; i < s.kernel[0]; ++i) {
-        for (int64_t at = from; at < until;) {
-          const int64_t left = until - at;
-          const E* b = z + (column * (v_end - v) + at - v) * size;
-          A* to = sum + t * kTile * channel_sums() + (i * s.kernel[1] + column) * pixel_sums() +
-                  (at - first) * kLength;
-          auto with = [&](auto width) FR_LAMBDA {
-            wgrad_tile<T, width.value>(g, b, slots + i * count, count, row_steps, begin, end, size,
-                                       add, to, channel_sums(), ahead);
-            at += width.value;
-          };
-          // Four are two and two: a tile of one vector waits for its loads.
-          if (kTileVecs >= 3 && left >= 3 && left != 4)
-            with(Width<kTileVecs>{});
-          else if (kTileVecs >= 2 && left >= 2)
-            with(Width < kTileVecs<2 ? 1 : 2>{});
-          else
-            with(Width<1>{});
-        }
+        A* of_tap = sum + t * kTile * channel_sums() + (i * s.kernel[1] + column) * pixel_sums();
+        for_tiles<kTileVecs>(from, until, [&](auto width, int64_t at) FR_LAMBDA {
+          wgrad_tile<T, width.value>(g, z + (column * (v_end - v) + at - v) * size,
+                                     slots + i * count, count, row_steps, begin, end, size, add,
+                                     of_tap + (at - first) * kLength, channel_sums(), ahead);
+        });
       }
     }
   }

@@ -19,30 +19,13 @@ constexpr int kTileVecs = 1;
 
 constexpr int64_t kWgradBlock = 8;  // steps from one round of prefetches to the next
 
-// Memory to prefetch while tiles are computed: so many bytes from `at` on for each kWgradBlock
-// steps.
-struct WgradStream {
-  const char* at;
-  int64_t bytes;
-
-  FR_LAMBDA void prefetch() {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
-    at += bytes;
-  }
-};
-
-template <int kValue>
-struct Width {
-  static constexpr int value = kValue;
-};
-
 // to[k][:] (+)= sum over rows and steps of g[row][step][k] * z[:][slot of row][step][lane].
 template <class T, int kVecs>
 __attribute__((noinline)) void wgrad_tile(const Element<T>* g, const Element<T>* z,
                                           const int64_t* slots, int64_t rows, int64_t row_steps,
                                           int64_t begin, int64_t end, int64_t vector_stride,
                                           bool add, Acc<T>* to, int64_t to_stride,
-                                          WgradStream (&ahead)[2]) {
+                                          Stream (&ahead)[2]) {
   constexpr int kParts = kVecs * kRegisters, kPart = kLanes<Acc<T>> / kRegisters;
   Register<T> sum[kTile][kParts] = {};
   for (int64_t row = 0; row < rows; ++row) {
@@ -50,7 +33,7 @@ __attribute__((noinline)) void wgrad_tile(const Element<T>* g, const Element<T>*
     const Element<T>* a = g + (row * row_steps + begin) * kTile * kPer<T>;
     const Element<T>* b = z + (slots[row] * row_steps + begin) * kVecElements<T>;
     for (int64_t step = begin; step < end;) {
-      for (WgradStream& stream : ahead) stream.prefetch();
+      for (Stream& stream : ahead) stream.prefetch<2>();
       const int64_t stop = end - step < kWgradBlock ? end : step + kWgradBlock;
       for (; step < stop; ++step) {
         Register<T> w[kParts];
