@@ -157,10 +157,11 @@ def choose(
 
 
 def suits(op: str, channels_last: bool, weight: Sequence[int] = (), groups: int = 1) -> bool:
-    """Whether our convolution is the faster one for a weight of that shape. Pure.
+    """Whether our convolution is the one to take for a weight of that shape. Pure.
 
     Contiguous tensors would be converted and back. The gradient of a weight is computed by vectors
-    of input channels, which a group, and an image of three channels, do not fill.
+    of input channels, which a group, and an image of three channels, do not fill; in that of an
+    input, NaN would pass from one group to another.
     """
     if op == "conv_wgrad":
         return channels_last and groups == 1 and weight[1] >= 16
