@@ -46,11 +46,6 @@ if cpu_why_not is not None:
 cuda_why_not = _load_cuda()
 
 
-def _like(x: Tensor, shape: tuple[int, ...], *layout_of: Tensor) -> Tensor:
-    layout = reference.memory_format(*layout_of)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
 def _fake_eltwise_act(inputs: list[Tensor], op: str, coeff: list[float] | None, act: str) -> Tensor:
     return torch.empty_like(inputs[0])
 
@@ -72,7 +67,7 @@ def _fake_bn_scale_shift(
 def _fake_bn_act(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
 ) -> Tensor:
-    return _like(x, x.shape, x)
+    return reference.empty_image(x, x.shape, x)
 
 
 def _fake_bn_act_(
@@ -93,7 +88,7 @@ def _fake_bn_act_maxpool(
     act: str,
 ) -> Tensor:
     y = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
-    return _like(x, y.shape, x)
+    return reference.empty_image(x, y.shape, x)
 
 
 def _fake_conv_pack(weight: Tensor, groups: int) -> Tensor:
@@ -115,7 +110,7 @@ def _fake_conv_bn_act(
     packed: Tensor | None = None,
 ) -> Tensor:
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    return _like(x, y.shape, x, weight)
+    return reference.empty_image(x, y.shape, x, weight)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -15,12 +15,6 @@ def _vector(x: Tensor) -> Tensor:
     return x.new_empty((x.size(1),), dtype=reference.accumulation_dtype(x.dtype))
 
 
-def _image(x: Tensor, like: Tensor) -> Tensor:
-    return torch.empty(
-        like.shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(like)
-    )
-
-
 def _bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return _vector(x), _vector(x)
 
@@ -66,7 +60,7 @@ def _bn_act_backward(
     count: float,
     act: str,
 ) -> Tensor:
-    return _image(grad, grad if x is None else x)
+    return reference.empty_image(grad, grad.shape, grad if x is None else x)
 
 
 def _bn_act_backward_(
@@ -96,7 +90,7 @@ def _bn_act_gram(
 
 
 def _relu_backward_reduce(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    return _image(grad, grad), _vector(grad)
+    return reference.empty_image(grad, grad.shape, grad), _vector(grad)
 
 
 def _bn_act_maxpool_train(
@@ -149,7 +143,7 @@ def _bn_act_maxpool_backward(
     dilation: list[int],
     act: str,
 ) -> Tensor:
-    return _image(x, x)
+    return reference.empty_image(x, x.shape, x)
 
 
 def _eltwise_act_backward(
@@ -174,8 +168,7 @@ def _conv_dgrad(
     groups: int,
 ) -> Tensor:
     shape = (grad.size(0), weight.size(1) * groups, *input_size)
-    layout = reference.memory_format(grad, weight)
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    return reference.empty_image(grad, shape, grad, weight)
 
 
 def _conv_dgrad_(

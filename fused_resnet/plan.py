@@ -37,6 +37,11 @@ class Step(NamedTuple):
     batch: bool  #: statistics of the batch; else the running ones
     momentum: float  #: the batch's share in the new running statistics
 
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """Stride, padding, dilation and groups, as convolutions take them."""
+        return self.stride, self.padding, self.dilation, self.groups
+
 
 class Params(NamedTuple):
     """A convolution and its BatchNorm: its tensors. Running ones are None where none are kept."""
@@ -104,4 +109,4 @@ def keeps_output(step: Step, p: Params, z: Tensor, for_memory: bool) -> bool:
 def convolve(z: Tensor, p: Params, step: Step, weight: Tensor) -> Tensor:
     """A step's convolution, with its weight in z's type."""
     bias = None if p.bias is None else p.bias.to(z.dtype)
-    return F.conv2d(z, weight, bias, step.stride, step.padding, step.dilation, step.groups)
+    return F.conv2d(z, weight, bias, *step.geometry)

@@ -38,6 +38,12 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def empty_image(x: Tensor, shape: Sequence[int], *layout_of: Tensor) -> Tensor:
+    """Of ``shape``, with x's dtype and device, in the :func:`memory_format` of ``layout_of``."""
+    layout = memory_format(*layout_of)
+    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=layout)
+
+
 def _in_format_of(y: Tensor, *tensors: Tensor) -> Tensor:
     """``y`` in the :func:`memory_format` of ``tensors``, strides of lengths of one included."""
     layout = memory_format(*tensors)

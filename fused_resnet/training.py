@@ -142,9 +142,10 @@ def _normalised(
     """``act(bn(conv(z)) + residual)`` once the statistics are known."""
     if k.y is not None:
         return run("bn_act", plan.engine, k.y, k.scale, k.shift, residual, act)
-    geometry = (step.stride, step.padding, step.dilation, step.groups)
     weight = p.weight if k.weight is None else k.weight
-    return run("conv_bn_act", plan.engine, z, weight, k.scale, k.shift, residual, *geometry, act)
+    return run(
+        "conv_bn_act", plan.engine, z, weight, k.scale, k.shift, residual, *step.geometry, act
+    )
 
 
 class Chain(torch.autograd.Function):

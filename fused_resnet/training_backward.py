@@ -56,20 +56,17 @@ class Backward(NamedTuple):
         self, step: Step, g: Tensor, weight: Tensor, x: Tensor, added: Tensor | None = None
     ) -> Tensor:
         """The gradient of x, the input of a step's convolution, in place added to ``added``."""
-        geometry = (list(x.shape[2:]), step.stride, step.padding, step.dilation, step.groups)
-        if added is None:
-            return self._convolution("conv_dgrad", step, weight, g, weight, None, *geometry)
-        self._convolution("conv_dgrad_", step, weight, g, weight, added, *geometry)
-        return added
+        op = "conv_dgrad" if added is None else "conv_dgrad_"
+        dx = self._convolution(op, step, weight, g, weight, added, list(x.shape[2:]))
+        return dx if added is None else added
 
     def wgrad(self, step: Step, g: Tensor, weight: Tensor, *z: Any) -> Tensor:
         """The gradient of a step's weight; ``z``: x, scale, shift and act of its input."""
-        geometry = (list(weight.shape[2:]), step.stride, step.padding, step.dilation, step.groups)
-        return self._convolution("conv_wgrad", step, weight, g, *z, *geometry)
+        return self._convolution("conv_wgrad", step, weight, g, *z, list(weight.shape[2:]))
 
     def _convolution(self, op: str, step: Step, weight: Tensor, g: Tensor, *args: Any) -> Any:
         suited = engines.suits(op, suggests_channels_last(g), weight.shape, step.groups)
-        return run(op, self.plan.engine, g, *args, suited=suited)
+        return run(op, self.plan.engine, g, *args, *step.geometry, suited=suited)
 
     def walk(
         self, x: Tensor, out: Tensor, argmax: Tensor | None, grad: Tensor, need_residual: bool

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import accumulation_dtype, memory_format
+from .reference import accumulation_dtype, empty_image
 
 
 def conv_bn_act(
@@ -48,7 +48,8 @@ def conv_dgrad(
     groups: int,
 ) -> Tensor:
     """The gradient of a convolution's input, plus ``added``."""
-    x = _like(grad, (grad.size(0), weight.size(1) * groups, *input_size), weight)
+    shape = (grad.size(0), weight.size(1) * groups, *input_size)
+    x = empty_image(grad, shape, grad, weight)
     dx = _backward(grad, x, weight, (stride, padding, dilation), groups, [True, False])[0]
     return dx if added is None else dx.add_(added)
 
@@ -75,15 +76,9 @@ def conv_wgrad(
         x = torch.ops.fused_resnet.bn_act(x, scale, shift, None, act)
     elif act == "relu":
         x = torch.relu(x)
-    weight = _like(x, (grad.size(1), x.size(1) // groups, *kernel_size), grad)
+    weight = empty_image(x, (grad.size(1), x.size(1) // groups, *kernel_size), x, grad)
     dw = _backward(grad, x, weight, (stride, padding, dilation), groups, [False, True])[1]
     return dw.to(accumulation_dtype(grad.dtype), memory_format=torch.channels_last)
-
-
-def _like(x: Tensor, shape: Sequence[int], other: Tensor) -> Tensor:
-    """A tensor of which torch's backward reads only shape and layout."""
-    layout = memory_format(x, other)
-    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _backward(
@@ -94,6 +89,7 @@ def _backward(
     groups: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's gradients; of what is not differentiated it reads shape and layout alone."""
     stride, padding, dilation = (list(pair) for pair in geometry)
     given = (grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups)
     return torch.ops.aten.convolution_backward(*given, [*wanted, False])
