@@ -5,6 +5,7 @@ comes out. As in a trained one, every branch adds little to its shortcut here: t
 scale is 0.2 (not zero, which would leave the branches without a gradient).
 """
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -22,13 +23,23 @@ from fused_resnet.plan import MEMORY
 
 STEPS, BATCH, CLASSES = 10, 4, 10
 
-#: (network, pixels, seeds). By default resnet50's images are just large enough for layer4 to see
-#: more than a pixel: its float64 run takes most of the time.
-CASES = [("resnet18", 64, (0, 1, 2)), ("resnet50", 40, (0, 1))]
+#: A small image's ReLUs have no input this close to zero, in deviations of it: rounding would tip
+#: them over by chance, see :func:`models.away_from_zero`. Of a large image, many are.
+TIPPING = 2.0**-22
+SMALL = 64
+
+#: (network, pixels, seeds that keep to TIPPING). By default resnet50's images are just large enough
+#: for layer4 to see more than a pixel: its float64 run takes most of the time.
+CASES = [("resnet18", 64, (0, 1, 2)), ("resnet50", 40, (0, 2))]
 LARGE = [
-    (name, pixels, (0, 1, 2))
-    for name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
-    for pixels in (64, 224)
+    ("resnet18", 64, (0, 1, 2)),
+    ("resnet50", 64, (0, 2, 6)),
+    ("resnext50_32x4d", 64, (0, 6, 8)),
+    ("wide_resnet50_2", 64, (1, 5, 8)),
+    *(
+        (name, 224, (0, 1, 2))
+        for name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
+    ),
 ]
 over_cases = pytest.mark.parametrize(
     ("name", "pixels", "seeds"),
@@ -114,6 +125,20 @@ def first_step(model: nn.Module, seed: int, pixels: int, autocast: bool) -> dict
     return found
 
 
+@contextlib.contextmanager
+def relu_inputs(model: nn.Module) -> Iterator[list[float]]:
+    """How close to zero each call's closest is, in deviations."""
+    distances: list[float] = []
+
+    def look(_: nn.Module, args: tuple[Tensor]) -> None:
+        distances.append(float(((x := args[0].detach()).abs() / x.std()).min()))
+
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, nn.ReLU)]
+    yield distances
+    for hook in hooks:
+        hook.remove()
+
+
 def check_first_step(name: str, pixels: int, seeds: Any, autocast: bool, memory: str) -> None:
     """By the rule, pooled over the seeds and the layers, each kind of tensor for itself."""
     sides: list[dict[str, list[Tensor]]] = [{}, {}, {}]
@@ -128,7 +153,9 @@ def check_first_step(name: str, pixels: int, seeds: Any, autocast: bool, memory:
         assert ops.names.count("relu_backward_reduce") >= blocks, "it did not train fused"
         assert ops.names.count("bn_act_maxpool_train") == 1, "the stem did not train fused"
         results += [first_step(model, seed, pixels, autocast)]
-        results += [first_step(exact, seed, pixels, False)]
+        with relu_inputs(exact) as distances:
+            results += [first_step(exact, seed, pixels, False)]
+        assert pixels > SMALL or min(distances) > TIPPING, f"seed {seed} leaves it to chance"
         for side, result in zip(sides, results, strict=True):
             for kind, tensors in result.items():
                 side.setdefault(kind, []).extend(tensors)
