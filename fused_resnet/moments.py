@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import engines
+from .reference import accumulation_dtype
 
 #: Stride, padding, dilation, groups and activation of a convolution that is a matrix product.
 AS_PRODUCT = ([1, 1], [0, 0], [1, 1], 1, "none")
@@ -79,14 +80,24 @@ def by_columns(a: Tensor, b: Tensor, engine: str) -> Tensor:
     return run("conv_wgrad", engine, grad, x, None, None, "none", *geometry).flatten(1)
 
 
+def weighted_sum(weight: Tensor, v: Tensor) -> Tensor:
+    """``weight @ v`` of a 1x1 convolution's weight, summed in float64."""
+    w = weight.flatten(1)
+    return (w * v.to(accumulation_dtype(w.dtype))).sum(1, dtype=torch.float64)
+
+
 def of_product(weight: Tensor, gram: Gram, engine: str) -> Moments:
-    """Of ``W (z - center)`` for a 1x1 convolution's weight, in float64."""
-    w = weight.flatten(1).double()
+    """Of ``W (z - center)`` for a 1x1 convolution's weight.
+
+    Means are subtracted in float64; of what is left, no sum cancels as z's own moments would, and
+    the product of matrices is made in the type that activations are accumulated in.
+    """
+    w = weight.flatten(1).to(gram.center.dtype)
     mean = gram.total / gram.positions
-    covariance = torch.addr(gram.matrix, gram.total, mean, alpha=-1)
-    m2 = (by_transpose(w, covariance, engine) * w).sum(1)  # it is symmetric
+    covariance = torch.addr(gram.matrix, gram.total, mean, alpha=-1).to(w.dtype)
+    m2 = (by_transpose(w, covariance, engine) * w).sum(1, dtype=torch.float64)  # it is symmetric
     m2 = m2.clamp_min(0)  # rounding alone can go below zero; NaN stays
-    return Moments(w @ mean, m2, gram.positions)
+    return Moments(weighted_sum(weight, mean), m2, gram.positions)
 
 
 def combine(own: Moments, group: Any) -> Moments:

@@ -119,7 +119,7 @@ def _end(
     matrix, total = run("bn_act_gram", plan.engine, *given, center, act, step.stride[0])
     gram = Gram(center, matrix, total, float(positions(z, step)))
     own = moments.of_product(weight, gram, plan.engine)
-    offset = weight.flatten(1).double() @ center.double()
+    offset = moments.weighted_sum(weight, center)
     values, whole = _finalize(plan, step, p, own, z, offset)
     k = Kept(None, *values, cast, center, matrix.to(center.dtype), total.to(center.dtype))
     return k, whole
