@@ -159,13 +159,13 @@ def choose(
 def suits(op: str, channels_last: bool, weight: Sequence[int] = (), groups: int = 1) -> bool:
     """Whether our convolution is the one to take for a weight of that shape. Pure.
 
-    Contiguous tensors would be converted and back. The gradient of a weight is computed by vectors
-    of input channels, which a group, and an image of three channels, do not fill; in that of an
-    input, NaN would pass from one group to another.
+    Contiguous tensors would be converted and back. Ours multiplies other groups' channels by zero:
+    only narrow groups' weight gradients, in which the vendor is slow, are faster so. And an image
+    of three channels does not fill the vectors that the gradient of a weight is computed by.
     """
     if op == "conv_wgrad":
-        return channels_last and groups == 1 and weight[1] >= 16
-    return channels_last and (groups == 1 or op != "conv_dgrad")
+        return channels_last and (weight[1] <= 8 if groups > 1 else weight[1] >= 16)
+    return channels_last and groups == 1
 
 
 def implementation(op: str, engine: str) -> Callable[..., Any]:

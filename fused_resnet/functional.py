@@ -58,8 +58,11 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _run(op: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
-    """Choose an engine for ``op`` by its first tensor, and call it; tensors may need gradients."""
+def _run(op: str, tensors: Sequence[Tensor | None], *args: Any, suited: bool = True) -> Any:
+    """Choose an engine for ``op`` by its first tensor, and call it; tensors may need gradients.
+
+    ``suited``: see :func:`engines.suits`.
+    """
     x = tensors[0]
     if x is None or not x.dtype.is_floating_point:
         got = "None" if x is None else x.dtype
@@ -78,10 +81,7 @@ def _run(op: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
                 f"{op}: engine {wished!r} has no backward for it; an input requires grad"
             )
         wished = "reference"
-    layout = any(
-        t is not None and t.is_contiguous(memory_format=torch.channels_last) for t in tensors[:2]
-    )
-    engine = engines.choose(op, x.device.type, x.dtype, wished, layout)
+    engine = engines.choose(op, x.device.type, x.dtype, wished, suited)
     implementation = engines.implementation(op, engine)
     if engine != "native" or any(t is not None and t.device != x.device for t in tensors):
         checks.arguments(op, *args)
@@ -353,8 +353,10 @@ def conv_bn_act(
                 x, weight, scale, shift, None, steps, pads, gaps, groups, "none", packed
             )
             return add_act(y, residual, act)
+    channels_last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    suited = engines.suits(name, channels_last, weight.shape, groups)
     tensors = (x, weight, scale, shift, residual)
-    return _run(name, tensors, *tensors, steps, pads, gaps, groups, act, packed)
+    return _run(name, tensors, *tensors, steps, pads, gaps, groups, act, packed, suited=suited)
 
 
 # At the end, for it builds on the functions above.

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from tolerances import within_rounding
 from torch.nn import functional as F
 
+import fused_resnet
 from fused_resnet import functional
 
 OP = torch.ops.fused_resnet.conv_bn_act.default
@@ -115,6 +116,22 @@ def test_autocast(dtype, case, backend):
         return case.inputs(seed, torch.float32, residual=False)
 
     verify(backend, under_autocast(ours), under_autocast(eager), inputs)
+
+
+@over_backends("conv_bn_act", isa=True)
+@pytest.mark.parametrize("case", [case for case in CASES if case.groups > 1], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_group(value, dtype, case, backend):
+    made = of_tensors(channels_last, case.inputs(0, dtype))
+    made["x"][-1, -1, -1, 0] = value  # a corner, of the last group
+    with fused_resnet.use_engine(backend.engine):
+        result = ours(**made)
+    marks = {"x": (~made["x"].isfinite()).float(), "weight": torch.ones(made["weight"].shape)}
+    reached = F.conv2d(**marks, **case.geometry) > 0
+    # relu alone makes an infinity finite.
+    assert torch.equal(~result.isfinite(), reached & ~(result == 0))
+    assert value != torch.inf or not result.isnan().any()
 
 
 @over_dtypes

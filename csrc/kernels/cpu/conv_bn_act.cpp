@@ -249,6 +249,8 @@ struct Conv {
     a.ahead = whole_pixels ? tile_rows * s.out_channels : 0;
     a.ahead_pixels = (tile_rows + blocks - 1) / blocks;
     a.act = args.act;
+    if (s.groups > 1 && panels.depth * panels.per > s.in_channels / s.groups)
+      a.groups = {s.in_channels / s.groups, s.out_channels / s.groups, 0, panels.channels};
     auto one = [&](int64_t p, int64_t t) FR_LAMBDA {
       const E* weights = packed ? packed + p * panels.elements() : own.data;
       const int64_t first = begin + t * tile_rows, c = p * panels.width;
@@ -256,6 +258,7 @@ struct Conv {
       a.rows = rows.data + t * a.taps * tile_rows;
       a.reach = reach.data + t * a.taps;
       if (s.groups > 1) a.offset = first_channel(panels, s, p);
+      a.groups.first = c;
       a.panel[0] = weights;
       a.panel[1] = weights + panels.elements();
       if (args.scale) a.scale = static_cast<const A*>(args.scale) + c;

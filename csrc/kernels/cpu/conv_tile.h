@@ -17,6 +17,13 @@ constexpr int64_t kBlock = 16;
 // out where they are the first, the last, or all of a tile. Elsewhere they read zeros.
 enum Reach : uint8_t { kAll, kNotFirst, kNotLast, kNone };
 
+// Which input channels belong to an output channel, where a panel spans several groups.
+struct Groups {
+  int64_t in, out;   // channels of a group; 0: a panel is of one group
+  int64_t first;     // output channel of a panel
+  int64_t channels;  // of all input
+};
+
 template <class T>
 struct TileArgs {
   using A = Acc<T>;
@@ -35,6 +42,7 @@ struct TileArgs {
   int64_t count;    // pixels there are, of the tile's kR
   int64_t columns;  // channels there are, of the tile's kV vectors
   Act act;
+  Groups groups;
   Stream next_panel, next_input;
 };
 
@@ -212,10 +220,40 @@ __attribute__((noinline)) void sum_up(const TileArgs<T>& t, Acc<T>* memory) {
   add_up();
 }
 
+// A panel of several groups multiplies the input of others by zero, which is not nothing where that
+// is not finite. Sums that are not are made again, of their own group's input.
+template <class T, int kR, int kV>
+__attribute__((noinline)) void sum_groups_apart(const TileArgs<T>& t, Acc<T>* memory) {
+  constexpr int64_t kWidth = kV * kLanes<Acc<T>>, kStep = kWidth * kPer<T>;
+  Vec<Acc<T>> nothing{};  // NaN where a sum is not finite
+  for (int64_t i = 0; i < kR * kWidth; i += kLanes<Acc<T>>) nothing += load(memory + i) * 0;
+  bool finite = true;
+  for (int64_t lane = 0; lane < kLanes<Acc<T>>; ++lane) finite &= nothing[lane] == 0;
+  if (finite) return;
+  for (int64_t r = 0; r < t.count; ++r)
+    for (int64_t c = 0; c < kWidth && c < t.columns; ++c) {
+      Acc<T>& sum = memory[r * kWidth + c];
+      if (sum * 0 == 0) continue;
+      sum = 0;
+      const int64_t group = (t.groups.first + c) / t.groups.out;
+      for (int64_t tap = 0; tap < t.taps; ++tap) {
+        const Reach reach = t.reach[tap];
+        if (reach == kNone || (reach == kNotFirst && r == 0) || (reach == kNotLast && r == kR - 1))
+          continue;
+        const Element<T>* row = t.rows[r * t.taps + tap] + t.offset;
+        const Element<T>* weight = t.panel[0] + tap * t.depth * kStep + c * kPer<T>;
+        for (int64_t k = 0; k < t.depth * kPer<T>; ++k)
+          if ((t.offset + k) % t.groups.channels / t.groups.in == group)
+            sum += load_one(row + k) * load_one(weight + k / kPer<T> * kStep + k % kPer<T>);
+      }
+    }
+}
+
 template <class T, int kR, int kV, bool kPadded>
 FR_VEC void tile(const TileArgs<T>& t) {
   Acc<T> sum[kR * kV * kLanes<Acc<T>>] __attribute__((aligned(64)));
   sum_up<T, kR, kV, kPadded>(t, sum);
+  if (kV <= kMaxVecs && t.groups.in) sum_groups_apart<T, kR, kV>(t, sum);
   if (t.count < kR || t.columns < kV * kLanes<Acc<T>>)
     finish_part<T, kV>(sum, t);
   else if (t.act == Act::relu)
