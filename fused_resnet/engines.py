@@ -16,7 +16,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,8 +51,26 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # to 1.3 times (batch 1) where the processor multiplies pairs of bf16, by 3 times where it does not.
 _HAS_MATRIX_UNITS = "amx-bf16" in cpu_features()
 
-# Ops with a C++ kernel, per device.
-_NATIVE = {"cpu": frozenset(OPS), "cuda": frozenset({"eltwise_act"})}
+
+def registered(namespace: str, key: str) -> frozenset[str]:
+    """The ops that a namespace implements for a dispatch key."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(op for op in OPS if has(f"{namespace}::{op}", key))
+
+
+class Library(NamedTuple):
+    """Where the ops of an engine are, and which of them it has kernels for, by device type."""
+
+    namespace: str
+    kernels: dict[str, frozenset[str]]
+
+
+_NATIVE = {device: registered("fused_resnet", device.upper()) for device in ("cpu", "cuda")}
+LIBRARIES = {
+    "native": Library("fused_resnet", _NATIVE),
+    "vendor": Library("fused_resnet", _NATIVE),
+    "triton": Library("fused_resnet_triton", {}),
+}
 
 
 class EngineError(RuntimeError):
@@ -60,7 +78,7 @@ class EngineError(RuntimeError):
 
 
 def _check_name(name: str) -> str:
-    if name not in ENGINES:
+    if name not in ENGINES and name not in LIBRARIES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
     return name
 
@@ -118,13 +136,14 @@ def why_not(engine: str, op: str, device: str, dtype: torch.dtype) -> str | None
         return reason
     if dtype not in DTYPES:
         return f"{op} is for float32, float64, bfloat16 and float16, got {dtype}"
-    if device not in _NATIVE:
+    kernels = LIBRARIES[engine].kernels
+    if device not in kernels:
         return f"there are no kernels for device {device!r}"
     if device == "cuda" and native.cuda_why_not is not None:
         return native.cuda_why_not
     # The vendor's convolutions need our bn_act around them.
     needed = "bn_act" if engine == "vendor" and op in _CONVOLUTIONS else op
-    if needed not in _NATIVE[device]:
+    if needed not in kernels[device]:
         return f"{needed} has no {device} kernel in this version"
     return None
 
@@ -174,5 +193,4 @@ def implementation(op: str, engine: str) -> Callable[..., Any]:
         return getattr(reference_training if op in TRAINING_OPS else reference, op)
     if engine == "vendor" and op.removesuffix("_") in _CONVOLUTIONS:
         return getattr(vendor, op)
-    namespace = "fused_resnet_triton" if engine == "triton" else "fused_resnet"
-    return getattr(getattr(torch.ops, namespace), op).default
+    return getattr(getattr(torch.ops, LIBRARIES[engine].namespace), op).default

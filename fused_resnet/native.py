@@ -124,8 +124,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
     **native_training.FAKES,
 }
 
-_libraries = [torch.library.Library(namespace, "FRAGMENT") for namespace in NAMESPACES]
-
 
 def _refuse_autograd(library: torch.library.Library, namespace: str, name: str) -> None:
     op = getattr(getattr(torch.ops, namespace), name).default
@@ -147,7 +145,13 @@ def _refuse_autograd(library: torch.library.Library, namespace: str, name: str) 
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-for _library, _namespace in zip(_libraries, NAMESPACES, strict=True):
-    for _name, _fake in _FAKES.items():
-        torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
-        _refuse_autograd(_library, _namespace, _name)
+def complete(namespace: str) -> torch.library.Library:
+    """Give every op of ``namespace`` what all engines share, for as long as the result lives."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        _refuse_autograd(library, namespace, name)
+    return library
+
+
+_libraries = [complete(namespace) for namespace in NAMESPACES]

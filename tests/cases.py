@@ -6,12 +6,15 @@ fused_resnet/reference.py is judged like any other engine.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import simt_engine
 import torch
 from tolerances import judge
 from torch import Tensor
@@ -35,15 +38,48 @@ ENGINES = {
 }
 
 
+#: Engines of the tests' own: nobody else can ask for them.
+EMULATED = {"simt": frozenset(engines.OPS).intersection(simt_engine.REGISTERED)}
+engines.LIBRARIES["simt"] = engines.Library(simt_engine.NAMESPACE, {"cpu": EMULATED["simt"]})
+
+
 class Backend(NamedTuple):
     device: str
     engine: str
+
+    @property
+    def emulated(self) -> bool:
+        """Whether a GPU's kernels are emulated, which is slow: see MOST_WORK."""
+        return self.device == "cpu" and self.engine in EMULATED
+
+
+#: The largest of a test's parameters that an emulated engine is given, by `work`.
+MOST_WORK = 1 << 18
+
+
+def work(parameter: Any) -> int:
+    """Elements of a shape, or of the largest of several; other cases say themselves: ``.work``."""
+    if isinstance(parameter, (tuple, list)):
+        if all(isinstance(n, int) for n in parameter):
+            return math.prod(parameter)
+        return max(map(work, parameter), default=0)
+    return getattr(parameter, "work", 0)
+
+
+def too_slow(parameters: dict[str, Any]) -> bool:
+    """Whether a test with these parameters is left out; see tests/conftest.py."""
+    backend = parameters.get("backend")
+    return (
+        isinstance(backend, Backend)
+        and backend.emulated
+        and work([*parameters.values()]) > MOST_WORK
+    )
 
 
 def backends(op: str, isa: bool = False) -> list[Any]:
     """The backends that have ``op``, to parametrize with; ``isa`` marks the CPU's native one."""
     params = []
-    for engine, ops in ENGINES.items():
+    for engine, ops in {**ENGINES, **EMULATED}.items():
         for device in ("cpu", "cuda"):
             if op not in ops or engines.why_not(engine, op, device, torch.float32) is not None:
                 continue
@@ -63,17 +99,18 @@ over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 over_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 
-def _constants() -> dict[str, list[int]]:
-    """Every ``constexpr int kName = value`` of the CPU kernels, in order of appearance."""
+def _constants(device: str) -> dict[str, list[int]]:
+    """Every ``constexpr int kName = value`` of a device's kernels, in order of appearance."""
     found: dict[str, list[int]] = {}
-    for path in sorted((ROOT / "csrc" / "kernels" / "cpu").glob("*.[hc]*")):
+    for path in sorted((ROOT / "csrc" / "kernels" / device).glob("*.[hc]*")):
         pattern = r"constexpr int(?:64_t)? (k\w+) = (\d+)(?: << (\d+))?;"
         for name, value, shift in re.findall(pattern, path.read_text()):
             found.setdefault(name, []).append(int(value) << int(shift or 0))
     return found
 
 
-TILE = _constants()
+TILE = _constants("cpu")
+CUDA_TILE = _constants("cuda")
 LANES = {torch.float64: 8}  # of a vector; 16 for every other dtype, which is computed in float32
 ROWS = sorted({*TILE["kRows"], *TILE["kWideRows"]})
 PANELS = sorted({vecs * lanes for vecs in TILE["kMaxVecs"] for lanes in (8, 16)})
@@ -248,7 +285,8 @@ def verify(
     """Hold ``ours`` on ``backend`` against ``eager``.
 
     Values by the rule of tolerances.py; output laid out as eager's; inputs as they were; the
-    same bits from a second run and, of our own kernels, with one thread.
+    same bits from a second run and, of our own kernels, with one thread, or with emulated ones in
+    another order.
 
     Args:
         ours, eager: take what ``inputs`` returns as keyword arguments, and return a tensor or
@@ -261,7 +299,8 @@ def verify(
         before = of_tensors(lambda t: (t.clone(), t.stride()), given)
         with fused_resnet.use_engine(backend.engine):
             result = ours(**given)
-            assert_identical(ours(**given), result, "two runs")
+            with simt_engine.scheduled(seed) if backend.engine == "simt" else nullcontext():
+                assert_identical(ours(**given), result, "two runs")
             if backend == ("cpu", "native"):
                 assert_identical(at_threads(1, ours, **given), result, "one thread and two")
         expected = eager(**given)

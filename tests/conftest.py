@@ -2,7 +2,7 @@
 
 A skip is never silent: ``--require`` names what must be there, and a test skipped for want of it
 fails. What a run leaves out on purpose (``slow`` tests without ``--full``, ``gpu`` tests without a
-GPU) is deselected instead, and the header says so.
+GPU, large cases of an emulated engine) is deselected instead, and the header says so.
 """
 
 import os
@@ -12,7 +12,9 @@ import re
 # from those they wait for. Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import cases
 import pytest
+import simt_engine
 import torch
 
 import fused_resnet
@@ -60,14 +62,23 @@ def pytest_report_header(config):
     markers = ", ".join(f"{name} ({why})" for name, why in left_out(config).items())
     return [
         f"fused_resnet: {fused_resnet.__version__}, isa {_C.isa()}, torch {torch.__version__}",
-        f"fused_resnet: left out: {markers or 'nothing'}; required: "
-        f"{config.getoption('--require') or 'nothing'}",
+        f"fused_resnet: left out: {markers or 'nothing'}, emulated above {cases.MOST_WORK} elements"
+        f"; required: {config.getoption('--require') or 'nothing'}",
     ]
+
+
+def parameters(item) -> dict[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def pytest_collection_modifyitems(config, items):
     markers = left_out(config)
-    out = [item for item in items if any(item.get_closest_marker(name) for name in markers)]
+    out = [
+        item
+        for item in items
+        if any(item.get_closest_marker(name) for name in markers)
+        or cases.too_slow(parameters(item))
+    ]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
@@ -115,6 +126,18 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def simt():
+    simt_engine.load()
+
+
+@pytest.fixture(autouse=True)
+def emulator(request):
+    """Builds the emulated engines before the first test that runs on one."""
+    if getattr(parameters(request.node).get("backend"), "engine", "") == "simt":
+        request.getfixturevalue("simt")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from cases import (
+    CUDA_TILE,
     DTYPES,
     LAYOUTS,
     TILE,
@@ -32,9 +33,13 @@ COEFF = (1.0, -0.5, 3.0, 0.1)
 over_ops = pytest.mark.parametrize("op", COMBINE)
 
 _GRAIN = TILE["kGrain"][0]
+#: Elements of float32 that a block of the CUDA kernel takes at once; of a half type, twice that.
+_BLOCK = CUDA_TILE["kThreads"][0] * CUDA_TILE["kThreadBytes"][0] // 4
 SHAPES = [
     (),
     *((n,) for n in around(8, 16)),
+    *((n,) for n in around(_BLOCK)),
+    (2 * 2 * CUDA_TILE["kMaxBlocksPerMultiprocessor"][0] * _BLOCK + 5,),  # blocks go round
     (_GRAIN - 1,),
     (2 * _GRAIN + 1,),
     (3, 5),

@@ -9,7 +9,7 @@ from cases import ENGINES, ROOT
 
 from fused_resnet import engines, functional, native
 
-SCHEMA = (ROOT / "csrc" / "torch" / "schema.cpp").read_text()
+SCHEMA = (ROOT / "csrc" / "torch" / "schema.h").read_text()
 KERNELS = ROOT / "csrc" / "kernels"
 #: Every op there is; the in-place form and the packing of weights belong to another op.
 DECLARED = re.findall(r'^    "(\w+)\(', SCHEMA, re.MULTILINE)

@@ -26,7 +26,7 @@ def run(folder, *options: str) -> tuple[dict[str, int], str]:
     (folder / "conftest.py").write_bytes((ROOT / "tests" / "conftest.py").read_bytes())
     (folder / "test_some.py").write_text(TESTS)
     (folder / "test_whole_file.py").write_text(WHOLE_FILE)
-    ini = "[pytest]\nmarkers =\n  slow: slow\n  gpu: gpu\n"
+    ini = f"[pytest]\npythonpath = {ROOT / 'tests'}\nmarkers =\n  slow: slow\n  gpu: gpu\n"
     (folder / "pytest.ini").write_text(ini)
     command = [
         sys.executable,

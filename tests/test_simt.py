@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from cases import EMULATED
+from simt_engine import BUILDS, LAZY, NAMESPACE, ORDERS, ROOT, built, toolkit
 
-ROOT = Path(__file__).resolve().parent.parent
-SIMT = ROOT / "tests" / "simt"
-SOURCES = [
-    *sorted(SIMT.glob("*.cpp")),
-    *sorted(SIMT.glob("*.cu")),
-    *sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")),
-]
-BUILDS = {
-    "plain": ["-O1"],
-    "sanitized": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-}
-ORDERS = ("round_robin", "first_ahead", "last_ahead", "random")
-LAZY = tuple(f"{order}+lazy" for order in ORDERS)  # asynchronous copies land late
+from fused_resnet import engines, native
 
 # What must catch each planted bug, and the words it is reported in. Round robin is known to miss a
 # missing barrier before reuse: all warps advance together there. Copies that land late miss it too,
@@ -59,55 +49,9 @@ PLANTED_MMA = {
 }
 
 
-def include_candidates():
-    """Sets of folders that may hold CUDA's headers: a toolkit's, then those of pip packages."""
-    homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    if nvcc := shutil.which("nvcc"):  # perhaps a wrapper script: nvcc itself says where it lives
-        dryrun = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
-        )
-        homes += [Path(top) for top in re.findall(r"^#\$ TOP=(.*)$", dryrun.stderr, re.M)]
-    homes += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
-    for home in homes:
-        yield [home / "include", home / "include" / "cccl"]
-    # torch's packages come without the compiler's own headers (crt/), which triton ships.
-    packages = []
-    for name, folder in (("nvidia", "cu[0-9]*/include"), ("triton", "backends/nvidia/include")):
-        if spec := importlib.util.find_spec(name):
-            for location in spec.submodule_search_locations or []:
-                packages += sorted(Path(location).glob(folder), reverse=True)
-    yield [folder for package in packages for folder in (package, package / "cccl")]
-
-
-def include_flags(compiler: str) -> list[str]:
-    """Flags for the first candidate that compiles; what is on disk is no proof, half sets exist."""
-    probe = "#include <cuda_runtime.h>\n#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
-    for candidate in include_candidates():
-        flags = [f"-isystem{folder}" for folder in candidate if folder.is_dir()]
-        command = [compiler, "-std=c++17", "-fsyntax-only", *flags, "-x", "c++", "-"]
-        if subprocess.run(command, input=probe, capture_output=True, text=True).returncode == 0:
-            return flags
-    pytest.skip("no CUDA headers: no toolkit and no pip packages that compile")
-
-
 @pytest.fixture(scope="session")
-def drivers(tmp_path_factory) -> dict[str, Path]:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++: the emulator needs it")
-    folder = tmp_path_factory.mktemp("simt")
-    flags = ["-std=c++17", "-DFUSED_RESNET_SIMT", *include_flags(compiler)]
-    flags += ["-include", str(SIMT / "mma.h"), "-Wall", "-Wextra", "-Werror"]
-    flags += ["-Wno-unknown-pragmas", "-x", "c++", *map(str, SOURCES)]
-
-    def build(name: str) -> Path:
-        command = [compiler, *BUILDS[name], *flags, "-o", str(folder / name)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return folder / name
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(BUILDS, pool.map(build, BUILDS), strict=True))
+def drivers() -> dict[str, Path]:
+    return {build: built(build) / "driver" for build in BUILDS}
 
 
 def run(driver: Path, order: str, *arguments: str, seed: int = 0) -> subprocess.CompletedProcess:
@@ -155,10 +99,41 @@ def test_emulator_catches_in_matrix_instructions(drivers, bug):
         caught(drivers[build], order, "mma", bug, report)
 
 
-@pytest.mark.parametrize("op", ["sum", "prod", "max"])
-@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
-def test_eltwise_act(drivers, dtype, op):
-    """Within rounding of a scalar reference, and the same bits whatever the order of threads."""
-    outputs = {passing(drivers["plain"], order, "eltwise_act", dtype, op) for order in ORDERS}
-    outputs.add(passing(drivers["sanitized"], "random", "eltwise_act", dtype, op))
-    assert len(outputs) == 1
+def test_engine_has_the_ops_of_the_cuda_library(simt):
+    assert engines.registered(NAMESPACE, "CPU") == EMULATED["simt"]
+    if native.cuda_why_not is None:
+        assert engines.LIBRARIES["native"].kernels["cuda"] == EMULATED["simt"]
+
+
+def test_failure_of_a_kernel_is_raised(simt, monkeypatch):
+    monkeypatch.setenv("SIMT_SCHEDULE", "alphabetical")
+    with pytest.raises(RuntimeError, match="SIMT_SCHEDULE must be an order of threads, got alpha"):
+        torch.ops.fused_resnet_simt.eltwise_act([torch.ones(3)], "sum", None, "none")
+
+
+def test_kernels_under_sanitizers():
+    """Op tests again, on a build with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++: the emulator needs it")
+    built("sanitized")
+    libraries = [
+        toolkit.output_of(compiler, f"-print-file-name={name}").strip()
+        for name in ("libasan.so", "libstdc++.so")  # ASan looks for what throws when it starts
+    ]
+    files = [f"tests/test_{op}.py" for op in sorted(EMULATED["simt"])]
+    options = ["-q", "-k", "simt and test_shapes", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "SIMT_BUILD": "sanitized",
+            "LD_PRELOAD": " ".join(libraries),
+            "ASAN_OPTIONS": "detect_leaks=0",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10 * len(files)

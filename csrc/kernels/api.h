@@ -1,10 +1,10 @@
 // The one contract of the kernel layer: what every op takes, on every device.
 //
 // Nothing below knows torch. A launcher gets raw pointers, sizes and a place to run (a thread pool
-// or a CUDA stream), and returns a Status. The caller has checked shapes, dtypes and layouts, and
-// owns all memory. A dense activation of C channels is seen as [outer, channels, inner]:
-// channels_last has inner = 1 and outer = N*H*W, contiguous has inner = H*W and outer = N. Offsets
-// are 64-bit everywhere.
+// or a CUDA stream with a workspace), and returns a Status. The caller has checked shapes, dtypes
+// and layouts, and owns all memory. A dense activation of C channels is seen as [outer, channels,
+// inner]: channels_last has inner = 1 and outer = N*H*W, contiguous has inner = H*W and outer = N.
+// Offsets are 64-bit everywhere.
 #pragma once
 
 #include <cstdint>
@@ -297,26 +297,26 @@ struct ConvWgradArgs {
   void* dw;
 };
 
-// Every op's launcher, declared once per place it can run in.
-#define FUSED_RESNET_LAUNCHERS(Stream)                                                  \
-  Status eltwise_act(const EltwiseActArgs&, Stream);                                    \
-  Status bn_act(const BnActArgs&, Stream);                                              \
-  Status bn_act_maxpool(const BnActMaxpoolArgs&, Stream);                               \
-  Status bn_scale_shift(const BnScaleShiftArgs&, Stream);                               \
-  Status bn_stats(const BnStatsArgs&, Stream);                                          \
-  Status bn_finalize(const BnFinalizeArgs&, Stream);                                    \
-  Status bn_act_backward_reduce(const BnActBackwardReduceArgs&, Stream);                \
-  Status bn_act_backward(const BnActBackwardArgs&, Stream);                             \
-  Status bn_act_gram(const BnActGramArgs&, Stream);                                     \
-  Status relu_backward_reduce(const ReluBackwardReduceArgs&, Stream);                   \
-  Status bn_act_maxpool_train(const BnActMaxpoolTrainArgs&, Stream);                    \
-  Status bn_act_maxpool_backward_reduce(const BnActMaxpoolBackwardReduceArgs&, Stream); \
-  Status bn_act_maxpool_backward(const BnActMaxpoolBackwardArgs&, Stream);              \
-  Status eltwise_act_backward(const EltwiseActBackwardArgs&, Stream);                   \
-  Status conv_bn_act(const ConvBnActArgs&, Stream);                                     \
-  Status conv_pack(const ConvPackArgs&, Stream);                                        \
-  Status conv_dgrad(const ConvDgradArgs&, Stream);                                      \
-  Status conv_wgrad(const ConvWgradArgs&, Stream);
+// Every op: the name of its launchers, and what they take.
+#define FUSED_RESNET_OPS(X)                                         \
+  X(eltwise_act, EltwiseActArgs)                                    \
+  X(bn_act, BnActArgs)                                              \
+  X(bn_act_maxpool, BnActMaxpoolArgs)                               \
+  X(bn_scale_shift, BnScaleShiftArgs)                               \
+  X(bn_stats, BnStatsArgs)                                          \
+  X(bn_finalize, BnFinalizeArgs)                                    \
+  X(bn_act_backward_reduce, BnActBackwardReduceArgs)                \
+  X(bn_act_backward, BnActBackwardArgs)                             \
+  X(bn_act_gram, BnActGramArgs)                                     \
+  X(relu_backward_reduce, ReluBackwardReduceArgs)                   \
+  X(bn_act_maxpool_train, BnActMaxpoolTrainArgs)                    \
+  X(bn_act_maxpool_backward_reduce, BnActMaxpoolBackwardReduceArgs) \
+  X(bn_act_maxpool_backward, BnActMaxpoolBackwardArgs)              \
+  X(eltwise_act_backward, EltwiseActBackwardArgs)                   \
+  X(conv_bn_act, ConvBnActArgs)                                     \
+  X(conv_pack, ConvPackArgs)                                        \
+  X(conv_dgrad, ConvDgradArgs)                                      \
+  X(conv_wgrad, ConvWgradArgs)
 
 namespace cpu {
 
@@ -327,7 +327,8 @@ struct Pool {
   void (*run)(int64_t n, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t));
 };
 
-FUSED_RESNET_LAUNCHERS(const Pool&)
+#define FUSED_RESNET_ON_POOL(op, Args) Status op(const Args&, const Pool&);
+FUSED_RESNET_OPS(FUSED_RESNET_ON_POOL)
 
 // How many elements a packed weight has, and of what type.
 int64_t conv_packed_size(DType dtype, const ConvShape& shape);
@@ -341,9 +342,22 @@ const char* isa();
 
 namespace cuda {
 
-using Stream = void*;  // a cudaStream_t
+// All that a choice of launch (blocks, splits, workspace) may depend on, beside the arguments.
+struct Gpu {
+  int multiprocessors;
+};
 
-FUSED_RESNET_LAUNCHERS(Stream)
+// Where a launcher runs: `stream`, a cudaStream_t of the current device, which is `gpu`. Kernels
+// allocate nothing: `workspace` has the bytes that workspace_bytes(args, gpu) of cuda/workspace.h
+// asks for, at a multiple of 16, and holds anything. It must outlive what is queued on the stream.
+struct Place {
+  void* stream;
+  Gpu gpu;
+  void* workspace;
+};
+
+#define FUSED_RESNET_ON_PLACE(op, Args) Status op(const Args&, const Place&);
+FUSED_RESNET_OPS(FUSED_RESNET_ON_PLACE)
 
 }  // namespace cuda
 

@@ -21,36 +21,10 @@ const cpu::Pool& pool() {
 struct Cpu {
   explicit Cpu(const Tensor&) {}
 
-  Status launch(const EltwiseActArgs& args) { return cpu::eltwise_act(args, pool()); }
-  Status launch(const BnActArgs& args) { return cpu::bn_act(args, pool()); }
-  Status launch(const BnActMaxpoolArgs& args) { return cpu::bn_act_maxpool(args, pool()); }
-  Status launch(const BnScaleShiftArgs& args) { return cpu::bn_scale_shift(args, pool()); }
-  Status launch(const ConvPackArgs& args) { return cpu::conv_pack(args, pool()); }
-  Status launch(const ConvBnActArgs& args) { return cpu::conv_bn_act(args, pool()); }
-  Status launch(const BnStatsArgs& args) { return cpu::bn_stats(args, pool()); }
-  Status launch(const BnFinalizeArgs& args) { return cpu::bn_finalize(args, pool()); }
-  Status launch(const BnActBackwardReduceArgs& args) {
-    return cpu::bn_act_backward_reduce(args, pool());
-  }
-  Status launch(const BnActBackwardArgs& args) { return cpu::bn_act_backward(args, pool()); }
-  Status launch(const BnActGramArgs& args) { return cpu::bn_act_gram(args, pool()); }
-  Status launch(const ReluBackwardReduceArgs& args) {
-    return cpu::relu_backward_reduce(args, pool());
-  }
-  Status launch(const BnActMaxpoolTrainArgs& args) {
-    return cpu::bn_act_maxpool_train(args, pool());
-  }
-  Status launch(const BnActMaxpoolBackwardReduceArgs& args) {
-    return cpu::bn_act_maxpool_backward_reduce(args, pool());
-  }
-  Status launch(const BnActMaxpoolBackwardArgs& args) {
-    return cpu::bn_act_maxpool_backward(args, pool());
-  }
-  Status launch(const EltwiseActBackwardArgs& args) {
-    return cpu::eltwise_act_backward(args, pool());
-  }
-  Status launch(const ConvDgradArgs& args) { return cpu::conv_dgrad(args, pool()); }
-  Status launch(const ConvWgradArgs& args) { return cpu::conv_wgrad(args, pool()); }
+#define FR_LAUNCH(op, Args) \
+  Status launch(const Args& args) { return cpu::op(args, pool()); }
+  FUSED_RESNET_OPS(FR_LAUNCH)
+#undef FR_LAUNCH
 
   static int64_t packed_size(DType dtype, const ConvShape& shape) {
     return cpu::conv_packed_size(dtype, shape);

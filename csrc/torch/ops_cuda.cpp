@@ -1,29 +1,40 @@
 // The CUDA engine's registration: the caller's device and its current stream.
+#include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "ops.h"
+#include "cuda_engine.h"
 
 namespace fused_resnet::glue {
 namespace {
 
-class Cuda {
- public:
-  explicit Cuda(const Tensor& on) : guard_(on.get_device()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &stream_));
-  }
+void* current_stream(int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
 
-  Status launch(const EltwiseActArgs& args) { return cuda::eltwise_act(args, stream_); }
+cuda::Gpu gpu(int device) {
+  cuda::Gpu facts{};
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  FR_CHECK(error == cudaSuccess, "cannot ask CUDA device ", device,
+           " for its multiprocessors: ", cudaGetErrorString(error));
+  return facts;
+}
+
+class Cuda : public CudaEngine {
+ public:
+  explicit Cuda(const Tensor& on)
+      : CudaEngine(on, current_stream(on.get_device()), gpu(on.get_device())),
+        guard_(on.get_device()) {}
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CUDA, library) {
-  library.impl("eltwise_act", TORCH_BOX(&eltwise_act<Cuda>));
-}
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CUDA, library) { implement_cuda<Cuda>(library); }
 
 }  // namespace fused_resnet::glue

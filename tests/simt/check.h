@@ -18,4 +18,3 @@ inline void check(bool good, const char* why) {
 // The checks. Arguments are what follows the check's name on the command line.
 void check_shim(int argc, char** argv);
 void check_mma(int argc, char** argv);
-void check_eltwise_act(int argc, char** argv);

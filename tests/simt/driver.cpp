@@ -6,27 +6,19 @@
 #include "check.h"
 
 int main(int argc, char** argv) {
-  const std::map<std::string, simt::Order> orders = {
-      {"round_robin", simt::Order::round_robin},
-      {"first_ahead", simt::Order::first_ahead},
-      {"last_ahead", simt::Order::last_ahead},
-      {"random", simt::Order::random},
-  };
   const std::map<std::string, void (*)(int, char**)> checks = {
       {"shim", check_shim},
       {"mma", check_mma},
-      {"eltwise_act", check_eltwise_act},
   };
-  const std::string schedule = argc > 1 ? argv[1] : "",
-                    order = schedule.substr(0, schedule.find('+'));
-  const bool lazy = schedule == order + "+lazy";
-  if (argc < 4 || !orders.count(order) || (order != schedule && !lazy) || !checks.count(argv[3])) {
+  if (argc < 4 || !simt::set_schedule(argv[1], std::stoul(argv[2])) || !checks.count(argv[3])) {
     fprintf(stderr, "usage: %s ORDER[+lazy] SEED CHECK [ARGUMENT...]\n", argv[0]);
     return 2;
   }
-  simt::order = orders.at(order);
-  simt::landing = lazy ? simt::Landing::lazy : simt::Landing::eager;
-  simt::generator.seed(std::stoul(argv[2]));
-  checks.at(argv[3])(argc - 4, argv + 4);
+  try {
+    checks.at(argv[3])(argc - 4, argv + 4);
+  } catch (const simt::Failure& failure) {
+    fprintf(stderr, "%s\n", failure.what());
+    _Exit(3);  // abandoned fibers hold what they hold
+  }
   return 0;
 }

@@ -9,8 +9,8 @@
 // size, and starts as 0xff bytes (NaN).
 //
 // Stricter than hardware: all threads of a block, or of a warp's mask, must meet at one source
-// line, and none may have returned. Whatever breaks this ends the process with a message. A barrier
-// inside a helper is one line whoever calls it.
+// line, and none may have returned. Whatever breaks this is thrown by the launch, as a Failure. A
+// barrier inside a helper is one line whoever calls it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,12 +20,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -49,6 +53,18 @@ inline std::mt19937 generator;  // seed it for Order::random
 
 enum class Landing { eager, lazy };
 inline Landing landing = Landing::eager;
+
+// Takes ORDER or ORDER+lazy, ORDER being a name of `Order`; returns false for anything else.
+inline bool set_schedule(const std::string& schedule, unsigned seed) {
+  const char* const names[] = {"round_robin", "first_ahead", "last_ahead", "random"};
+  const std::string name = schedule.substr(0, schedule.find('+'));
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  if (found == std::end(names) || (schedule != name && schedule != name + "+lazy")) return false;
+  order = static_cast<Order>(found - names);
+  landing = schedule == name ? Landing::eager : Landing::lazy;
+  generator.seed(seed);
+  return true;
+}
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int kWarp = 32;
@@ -88,7 +104,8 @@ using Memory = std::unique_ptr<char, decltype(&free)>;
 
 inline std::vector<Fiber> fibers;  // kept from launch to launch; the first `threads` are in use
 inline int threads, current;
-inline int arrived;  // at the block's barrier
+inline int arrived;                 // at the block's barrier
+inline std::exception_ptr failure;  // of a fiber; the others are abandoned where they are
 inline std::function<void()> body;
 inline ucontext_t scheduler;
 inline const void* scheduler_stack;
@@ -96,10 +113,13 @@ inline size_t scheduler_stack_bytes;
 inline std::map<const void*, Memory> shared;  // by declaration
 inline Memory dynamic_shared{nullptr, free};
 
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 [[noreturn]] inline void fail(const std::string& why) {
-  fprintf(stderr, "simt: %s in block (%u, %u, %u)\n", why.c_str(), blockIdx.x, blockIdx.y,
-          blockIdx.z);
-  _Exit(3);
+  throw Failure("simt: " + why + " in block (" + std::to_string(blockIdx.x) + ", " +
+                std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ")");
 }
 
 inline std::string name(const Place& place) {
@@ -129,8 +149,12 @@ inline void yield() {
 
 inline void enter() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-  body();
-  if (!fibers[current].copies.empty()) fail("a thread ends before its copies have landed");
+  try {
+    body();
+    if (!fibers[current].copies.empty()) fail("a thread ends before its copies have landed");
+  } catch (...) {  // an exception cannot leave a fiber
+    failure = std::current_exception();
+  }
   fibers[current].state = Fiber::done;
   yield();
 }
@@ -267,11 +291,15 @@ inline void run_block(size_t shared_bytes) {
     makecontext(&fiber.context, enter, 0);
     fiber.state = Fiber::ready;
     fiber.groups = 0;
+    fiber.copies.clear();
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
   current = threads - 1;
   arrived = 0;
-  for (int next; (next = pick()) >= 0;) resume(next);
+  for (int next; (next = pick()) >= 0;) {
+    resume(next);
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+  }
   for (int i = 0; i < threads; ++i)
     if (fibers[i].state != Fiber::done) deadlock();
 }
@@ -330,15 +358,4 @@ SIMT_SHUFFLE(__shfl_up_sync, unsigned, delta, lane - int(delta), source >= first
 SIMT_SHUFFLE(__shfl_down_sync, unsigned, delta, lane + int(delta), source < first + width)
 SIMT_SHUFFLE(__shfl_xor_sync, int, bits, lane ^ bits, source < first + width)
 
-// The few calls of CUDA's runtime that launchers make. One multiprocessor keeps grids small, so
-// that grid-stride loops go round.
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorNotSupported;
-  *value = 1;
-  return cudaSuccess;
-}

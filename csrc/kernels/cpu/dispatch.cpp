@@ -8,7 +8,7 @@ namespace fused_resnet::cpu {
 
 #define DECLARE_ISA(name)                                        \
   namespace name {                                               \
-  FUSED_RESNET_LAUNCHERS(const Pool&)                            \
+  FUSED_RESNET_OPS(FUSED_RESNET_ON_POOL)                         \
   int64_t conv_packed_size(DType dtype, const ConvShape& shape); \
   DType conv_packed_dtype(DType dtype);                          \
   }
@@ -71,26 +71,7 @@ const char* isa() { return kNames[static_cast<int>(active())]; }
 #define FORWARD(op, Args) \
   Status op(const Args& args, const Pool& pool) { CALL(op(args, pool)) }
 
-// clang-format off
-FORWARD(eltwise_act, EltwiseActArgs)
-FORWARD(eltwise_act_backward, EltwiseActBackwardArgs)
-FORWARD(bn_scale_shift, BnScaleShiftArgs)
-FORWARD(bn_stats, BnStatsArgs)
-FORWARD(bn_finalize, BnFinalizeArgs)
-FORWARD(bn_act, BnActArgs)
-FORWARD(bn_act_backward_reduce, BnActBackwardReduceArgs)
-FORWARD(bn_act_backward, BnActBackwardArgs)
-FORWARD(bn_act_gram, BnActGramArgs)
-FORWARD(relu_backward_reduce, ReluBackwardReduceArgs)
-FORWARD(bn_act_maxpool, BnActMaxpoolArgs)
-FORWARD(bn_act_maxpool_train, BnActMaxpoolTrainArgs)
-FORWARD(bn_act_maxpool_backward_reduce, BnActMaxpoolBackwardReduceArgs)
-FORWARD(bn_act_maxpool_backward, BnActMaxpoolBackwardArgs)
-FORWARD(conv_pack, ConvPackArgs)
-FORWARD(conv_bn_act, ConvBnActArgs)
-FORWARD(conv_dgrad, ConvDgradArgs)
-FORWARD(conv_wgrad, ConvWgradArgs)
-// clang-format on
+FUSED_RESNET_OPS(FORWARD)
 
 int64_t conv_packed_size(DType dtype, const ConvShape& shape){
     CALL(conv_packed_size(dtype, shape))} DType conv_packed_dtype(DType dtype) {

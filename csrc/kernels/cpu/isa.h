@@ -13,7 +13,7 @@
 #define FR_STRING(x) FR_AS_STRING(x)
 
 FR_NAMESPACE_BEGIN
-FUSED_RESNET_LAUNCHERS(const Pool&)
+FUSED_RESNET_OPS(FUSED_RESNET_ON_POOL)
 int64_t conv_packed_size(DType dtype, const ConvShape& shape);
 DType conv_packed_dtype(DType dtype);
 FR_NAMESPACE_END

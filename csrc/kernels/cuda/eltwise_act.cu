@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Streaming::kThreads, Streaming::kMinBlocksPerM
 }
 
 template <class T, EltwiseOp op>
-Status launch_eltwise(const EltwiseActArgs& args, Stream stream) {
+Status launch_eltwise(const EltwiseActArgs& args, const Place& place) {
   Inputs<Acc<T>> inputs = {};
   inputs.count = args.count;
   bool aligned = vector_aligned(args.out);
@@ -98,29 +98,26 @@ Status launch_eltwise(const EltwiseActArgs& args, Stream stream) {
     inputs.coeff[k] = args.coeff ? static_cast<Acc<T>>(args.coeff[k]) : Acc<T>{1};
     aligned = aligned && vector_aligned(args.inputs[k]);
   }
-  int multiprocessors = 0;
-  const Status status = multiprocessor_count(&multiprocessors);
-  if (status != Status::ok) return status;
   const auto kernel =
       aligned ? eltwise_act_kernel<T, op, kVectorBytes / sizeof(T)> : eltwise_act_kernel<T, op, 1>;
-  return launch(kernel, streaming_blocks<T>(args.numel, multiprocessors), Streaming::kThreads, 0,
-                stream, inputs, args.act, static_cast<T*>(args.out), args.numel);
+  return launch(kernel, streaming_blocks<T>(args.numel, place.gpu), Streaming::kThreads, 0,
+                place.stream, inputs, args.act, static_cast<T*>(args.out), args.numel);
 }
 
 }  // namespace
 
-Status eltwise_act(const EltwiseActArgs& args, Stream stream) {
+Status eltwise_act(const EltwiseActArgs& args, const Place& place) {
   if (args.count < 1 || args.count > kMaxInputs) return Status::unsupported;
   if (args.numel == 0) return Status::ok;
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
     switch (args.op) {
       case EltwiseOp::sum:
-        return launch_eltwise<T, EltwiseOp::sum>(args, stream);
+        return launch_eltwise<T, EltwiseOp::sum>(args, place);
       case EltwiseOp::prod:
-        return launch_eltwise<T, EltwiseOp::prod>(args, stream);
+        return launch_eltwise<T, EltwiseOp::prod>(args, place);
       case EltwiseOp::max:
-        return launch_eltwise<T, EltwiseOp::max>(args, stream);
+        return launch_eltwise<T, EltwiseOp::max>(args, place);
     }
     return Status::unsupported;
   });

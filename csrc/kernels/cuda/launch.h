@@ -26,9 +26,9 @@ struct Streaming {
 
 // Blocks for a grid-stride loop over `count` elements of type T.
 template <class T>
-constexpr int64_t streaming_blocks(int64_t count, int multiprocessors) {
+constexpr int64_t streaming_blocks(int64_t count, const Gpu& gpu) {
   const int64_t tiles = (count + Streaming::kTile<T> - 1) / Streaming::kTile<T>;
-  return std::min(tiles, int64_t{multiprocessors} * Streaming::kMaxBlocksPerMultiprocessor);
+  return std::min(tiles, int64_t{gpu.multiprocessors} * Streaming::kMaxBlocksPerMultiprocessor);
 }
 
 inline Status status_of(cudaError_t error) {
@@ -42,17 +42,8 @@ inline Status status_of(cudaError_t error) {
   }
 }
 
-// Of the current device.
-inline Status multiprocessor_count(int* count) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-  return status_of(error);
-}
-
 template <class... Params, class... Args>
-Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
               const Args&... args) {
 #if defined(FUSED_RESNET_SIMT)
   simt::launch(grid, block, shared_bytes, stream, [&] { kernel(args...); });

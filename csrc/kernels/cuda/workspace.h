@@ -1,0 +1,14 @@
+// How much memory of the caller's a launcher works in, beside its arguments.
+#pragma once
+
+#include "../api.h"
+
+namespace fused_resnet::cuda {
+
+// Ops that need any overload this.
+template <class Args>
+int64_t workspace_bytes(const Args&, const Gpu&) {
+  return 0;
+}
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,48 @@
+// The CUDA engine wherever it runs: on a GPU (ops_cuda.cpp), or emulated in the tests.
+#pragma once
+
+#include "../kernels/cuda/workspace.h"
+#include "ops.h"
+#include "ops_training.h"
+#include "ops_training_conv.h"
+#include "ops_training_pool.h"
+
+namespace fused_resnet::glue {
+
+#define FR_LAUNCH(op, Args)                                               \
+  inline Status launch_cuda(const Args& args, const cuda::Place& place) { \
+    return cuda::op(args, place);                                         \
+  }
+FUSED_RESNET_OPS(FR_LAUNCH)
+#undef FR_LAUNCH
+
+// Launches on one stream, each op with a workspace of its own from torch's allocator, which may
+// hand it out again at once: what is queued on the stream later runs later.
+class CudaEngine {
+ public:
+  CudaEngine(const Tensor& on, void* stream, cuda::Gpu gpu)
+      : device_(on.device()), place_{stream, gpu, nullptr} {}
+
+  template <class Args>
+  Status launch(const Args& args) {
+    cuda::Place place = place_;
+    MaybeTensor workspace;
+    if (const int64_t bytes = cuda::workspace_bytes(args, place.gpu)) {
+      workspace = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, device_);
+      place.workspace = workspace->mutable_data_ptr();
+    }
+    return launch_cuda(args, place);
+  }
+
+ private:
+  torch::stable::Device device_;
+  cuda::Place place_;
+};
+
+// Registers every op that has a CUDA kernel, for a Device that is a CudaEngine.
+template <class Device>
+void implement_cuda(torch::stable::detail::StableLibrary& library) {
+  library.impl("eltwise_act", TORCH_BOX(&eltwise_act<Device>));
+}
+
+}  // namespace fused_resnet::glue

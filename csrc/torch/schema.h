@@ -1,0 +1,77 @@
+// The only list of ops.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace fused_resnet::glue {
+
+inline constexpr const char* kOps[] = {
+    "eltwise_act(Tensor[] inputs, str op, float[]? coeff, str act) -> Tensor",
+
+    "bn_scale_shift(Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float "
+    "eps)"
+    " -> (Tensor, Tensor)",
+
+    "bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act) -> Tensor",
+
+    "bn_act_(Tensor(a!) x, Tensor scale, Tensor shift, Tensor? residual, str act) -> ()",
+
+    "bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, int[] kernel_size, int[] stride,"
+    " int[] padding, int[] dilation, bool ceil_mode, str act) -> Tensor",
+
+    "bn_stats(Tensor x) -> (Tensor mean, Tensor m2)",
+
+    "bn_finalize(Tensor mean, Tensor m2, float count, Tensor? weight, Tensor? bias,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps)"
+    " -> (Tensor scale, Tensor shift, Tensor invstd)",
+
+    "bn_act_backward_reduce(Tensor grad, Tensor x, Tensor? out, Tensor scale, Tensor shift,"
+    " Tensor mean, Tensor invstd, str act) -> (Tensor sum_g, Tensor sum_gx)",
+
+    "bn_act_backward(Tensor grad, Tensor? x, Tensor? out, Tensor scale, Tensor shift,"
+    " Tensor? mean, Tensor? invstd, Tensor? sum_g, Tensor? sum_gx, float count, str act)"
+    " -> Tensor",
+
+    "bn_act_backward_(Tensor(a!) grad, Tensor? x, Tensor? out, Tensor scale, Tensor shift,"
+    " Tensor? mean, Tensor? invstd, Tensor? sum_g, Tensor? sum_gx, float count, str act) -> ()",
+
+    "bn_act_gram(Tensor x, Tensor? scale, Tensor? shift, Tensor center, str act, int stride)"
+    " -> (Tensor gram, Tensor sum)",
+
+    "relu_backward_reduce(Tensor grad, Tensor out) -> (Tensor g, Tensor sum_g)",
+
+    "bn_act_maxpool_train(Tensor x, Tensor scale, Tensor shift, int[] kernel_size, int[] stride,"
+    " int[] padding, int[] dilation, bool ceil_mode, str act) -> (Tensor out, Tensor argmax)",
+
+    "bn_act_maxpool_backward_reduce(Tensor grad, Tensor out, Tensor argmax, Tensor x, Tensor mean,"
+    " Tensor invstd, int[] kernel_size, int[] stride, int[] padding, int[] dilation, str act)"
+    " -> (Tensor sum_g, Tensor sum_gx)",
+
+    "bn_act_maxpool_backward(Tensor grad, Tensor out, Tensor argmax, Tensor x, Tensor scale,"
+    " Tensor? mean, Tensor? invstd, Tensor? sum_g, Tensor? sum_gx, float count,"
+    " int[] kernel_size, int[] stride, int[] padding, int[] dilation, str act) -> Tensor",
+
+    "eltwise_act_backward(Tensor grad, Tensor[] inputs, Tensor? out, str op, float[]? coeff,"
+    " str act) -> Tensor[]",
+
+    "conv_dgrad(Tensor grad, Tensor weight, Tensor? added, int[] input_size, int[] stride,"
+    " int[] padding, int[] dilation, int groups) -> Tensor",
+
+    "conv_dgrad_(Tensor grad, Tensor weight, Tensor(a!) added, int[] input_size, int[] stride,"
+    " int[] padding, int[] dilation, int groups) -> ()",
+
+    "conv_wgrad(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act,"
+    " int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+
+    "conv_pack(Tensor weight, int groups) -> Tensor",
+
+    "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"
+    " int[] stride, int[] padding, int[] dilation, int groups, str act, Tensor? packed=None)"
+    " -> Tensor",
+};
+
+inline void declare(torch::stable::detail::StableLibrary& library) {
+  for (const char* op : kOps) library.def(op);
+}
+
+}  // namespace fused_resnet::glue
