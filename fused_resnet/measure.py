@@ -3,15 +3,17 @@
 The core of ``fused-resnet demo`` and of ``python -m bench``. :func:`kept_bytes` counts memory.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import json
 import math
 import os
+import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,9 @@ MEAN_FACTOR, MEAN_FLOOR = 1.5, 1e-6
 
 EAGER, PEER, OURS = "eager", "peer", "ours"
 
+#: Takes a call and how often to make it; returns the seconds one takes. See :func:`clock`.
+Clock = Callable[[Callable[[], Any], int], float]
+
 
 class Error(NamedTuple):
     """The error of an output against float64, relative to the largest value there."""
@@ -35,7 +40,9 @@ class Error(NamedTuple):
 
 def error_of(output: Tensor, truth: Tensor) -> Error:
     """The mean and the maximum of ``|output - truth| / max|truth|``."""
-    error = (output.double() - truth).abs() / (float(truth.abs().max()) or 1.0)
+    error = (output.to(truth.device, torch.float64) - truth).abs() / (
+        float(truth.abs().max()) or 1.0
+    )
     return Error(float(error.mean()), float(error.max()))
 
 
@@ -146,6 +153,8 @@ def measure(
     pace: Pace,
     tick: Callable[[str, float], None] = lambda what, part: None,
     inspect: Callable[[Tensor], dict[str, Any]] = lambda output: {},
+    seconds: Clock | None = None,
+    patience: float | None = None,
 ) -> list[Result]:
     """Compare variants of one computation.
 
@@ -156,6 +165,8 @@ def measure(
         pace: how long to measure.
         tick: called with what happens now and how much of the whole is done, from 0 to 1.
         inspect: makes further facts of a variant's outputs.
+        seconds: a :func:`clock`, by default the CPU's.
+        patience: for how many seconds a peer may prepare; after that it has failed.
 
     Returns:
         A result for each variant, in their order.
@@ -170,7 +181,8 @@ def measure(
             tick(f"preparing {v.name}", 0.5 * i / len(variants))
             results[v.name] = result = Result(v.name, v.kind)
             try:
-                runner, output = _prepare(v, inputs, result)
+                with _at_most(patience if v.kind == PEER else None):
+                    runner, output = _prepare(v, inputs, result)
             except Exception as error:
                 if v.kind != PEER:
                     raise
@@ -181,12 +193,34 @@ def measure(
             fed = runner.feed(inputs[0])
             calls[v.name] = functools.partial(runner.run, fed)
         _judge(results, calls)
-        samples = interleave(calls, pace, lambda what, part: tick(what, 0.5 + 0.5 * part))
+        samples = interleave(calls, pace, lambda what, part: tick(what, 0.5 + 0.5 * part), seconds)
     for name, taken in samples.items():
         results[name].samples = taken
     _compare(list(results.values()))
     gc.collect()
     return list(results.values())
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float | None) -> Iterator[None]:
+    """Raise TimeoutError inside the ``with`` after so many seconds; None: never. Main thread only.
+
+    A compiler that runs away would otherwise take the time of everyone after it.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"not ready within {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _prepare(v: Variant, inputs: Sequence[Any], result: Result) -> tuple[Runner, Tensor]:
@@ -214,15 +248,19 @@ def interleave(
     calls: dict[str, Callable[[], Any]],
     pace: Pace,
     tick: Callable[[str, float], None] = lambda what, part: None,
+    seconds: Clock | None = None,
 ) -> dict[str, list[float]]:
     """Time calls in turn, round after round, so that a slow moment of the machine meets them all.
+
+    ``seconds`` is a :func:`clock`, by default the CPU's.
 
     Returns:
         Per name, the seconds a call took in each round.
     """
+    seconds = seconds or clock("cpu")
     repeats = {}
     for name, call in calls.items():
-        once = _seconds(call, 1)
+        once = seconds(call, 1)
         repeats[name] = max(1, math.ceil(pace.sample_seconds / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -239,9 +277,20 @@ def interleave(
             time.sleep(0.005)  # the thread pool of whoever ran last goes to sleep
             if repeats[name] > 1:
                 calls[name]()  # brings its weights back to the caches
-            samples[name].append(_seconds(calls[name], repeats[name]))
+            samples[name].append(seconds(calls[name], repeats[name]))
     tick("measured", 1.0)
     return samples
+
+
+def clock(device: str, cold: bool = False) -> Clock:
+    """What times calls on a ``device`` type: given a call and how often, the seconds one takes.
+
+    On a GPU by events on the current stream. ``cold``: with nothing of the last call's data in its
+    second-level cache, as a kernel finds it inside a network; what empties the cache is not timed.
+    """
+    if device == "cuda":
+        return _CudaClock(cold)
+    return _seconds
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -249,6 +298,27 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+class _CudaClock:
+    def __init__(self, cold: bool) -> None:
+        cache = torch.cuda.get_device_properties("cuda").L2_cache_size
+        self.flush = torch.empty(2 * cache if cold else 0, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, call: Callable[[], Any], repeats: int) -> float:
+        # Apart only where the cache is emptied between: an event costs more than a small kernel.
+        parts = [1] * repeats if self.flush.numel() else [repeats]
+        spans = []
+        for count in parts:
+            self.flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(count):
+                call()
+            end.record()
+            spans.append((start, end))
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in spans) / 1e3 / repeats
 
 
 def _compare(results: list[Result]) -> None:

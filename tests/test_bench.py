@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,32 @@ def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven():
     assert results[1].as_dict()["seconds"] is None
     with pytest.raises(RuntimeError, match="no such thing"):
         measure.measure([eager, Variant("ours", OURS, broken)], [x], truth, ONCE)
+
+
+def test_a_peer_that_takes_too_long_is_named():
+    def endless():
+        while True:
+            time.sleep(0.01)
+
+    x, truth = torch.ones(1, 2), torch.ones(1, 2).double()
+    several = [variant("eager", EAGER), Variant("peer", PEER, endless), variant("ours", OURS)]
+    results = measure.measure(several, [x], truth, ONCE, patience=0.1)
+    assert results[1].why_not == "not ready within 0 s"
+    assert results[2].samples
+
+
+def test_clock():
+    """It is given the call and how often to make it; a sample is one call's share."""
+    calls = []
+    assert measure.clock("cpu")(lambda: calls.append(time.sleep(0.01)), 3) >= 0.01
+    assert len(calls) == 3
+    given = []
+    pace = Pace(seconds=0, least_rounds=2, most_rounds=2, sample_seconds=6)
+    samples = measure.interleave(
+        {"a": int}, pace, seconds=lambda call, repeats: given.append(repeats) or 2.0
+    )
+    assert samples == {"a": [2.0, 2.0]}
+    assert given == [1, 3, 3]
 
 
 def test_a_reference_must_be_finite():
