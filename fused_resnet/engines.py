@@ -154,7 +154,7 @@ def choose(
     """The engine that runs ``op`` for tensors of ``dtype`` on a ``device`` type. Pure.
 
     A convolution that is not ``suited``, see :func:`suits`, goes to the vendor. So does one of bf16
-    on a CPU that multiplies matrices of it.
+    on a CPU that multiplies matrices of it, and every one on a GPU, as long as nothing is measured.
 
     Raises:
         EngineError: ``wished`` is not ``auto`` and cannot run the op.
@@ -166,7 +166,7 @@ def choose(
             raise EngineError(f"{op}: engine {wished!r} cannot run it: {reason}")
         return wished
     by_matrices = device == "cpu" and dtype == torch.bfloat16 and _HAS_MATRIX_UNITS
-    prefer_vendor = op in _CONVOLUTIONS and (not suited or by_matrices)
+    prefer_vendor = op in _CONVOLUTIONS and (not suited or by_matrices or device == "cuda")
     for engine in ("vendor", "native") if prefer_vendor else ("native", "vendor"):
         if why_not(engine, op, device, dtype) is None:
             return engine

@@ -137,7 +137,7 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
                 m._apply(lambda t: _cast(t, dtype), recurse=False)
         frozen = Frozen(frozen_model, dtype, device)
         served = tree_map(lambda t: _cast(t, dtype), inputs)
-        if device.type == "cpu":
+        if device.type in ("cpu", "cuda"):
             _tune(frozen, served)
         frozen.errors = _errors(model, frozen, inputs, served, dtype)
     return frozen
@@ -159,8 +159,9 @@ def _tune(frozen: Frozen, inputs: Any) -> None:
     seen: dict[Any, str] = {}
 
     def before(m: Any, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        key = (x.shape, m.weight.shape, str(m.geometry))
+        x, *after = args
+        epilogue = [t if isinstance(t, str) else t is not None for t in after]
+        key = (x.shape, m.weight.shape, str(m.geometry), str(epilogue))
         if key not in seen:
             m.tune(*args)
             seen[key] = m.engine

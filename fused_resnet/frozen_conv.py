@@ -1,13 +1,12 @@
 """The layer that :func:`fused_resnet.freeze` makes of a convolution and its BatchNorm."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import vendor
+from . import engines, measure, vendor
 from .modules import geometry_of, pair_scale_shift
 from .reference import accumulation_dtype
 
@@ -16,6 +15,9 @@ _CONV_BN_ACT = torch.ops.fused_resnet.conv_bn_act.default
 #: A layer is folded only where every folded weight is within this of its float64 value, relative to
 #: the largest of its channel. Overflow, NaN and vanishing scales fall outside.
 FOLD_BOUND = 2.0**-22
+
+#: The engine of a layer that cuDNN's fused kernel runs.
+CUDNN = "cudnn"
 
 #: How often each engine is timed on a layer, and how much faster another must be to be taken.
 TUNE_ROUNDS = 3
@@ -56,7 +58,7 @@ class FrozenConv(nn.Module):
         self.register_buffer("scale", scale if folded is None else None)
         self.register_buffer("shift", live_shift.to(scale.dtype))
         self.geometry = geometry_of(conv)
-        self.engine = "native"
+        self.engine = engines.choose("conv_bn_act", weight.device.type, dtype)
         self._packed: Tensor | None = None
 
     @property
@@ -67,12 +69,15 @@ class FrozenConv(nn.Module):
     def forward(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> Tensor:
         own = self._buffers  # past nn.Module.__getattr__, which is slow
         args: Any = (x, own["weight"], own["scale"], own["shift"], residual, *self.geometry, act)
+        compiling = torch.compiler.is_compiling()
+        if self.engine != "native" and (x.is_cuda or not compiling):
+            if self.engine == CUDNN:
+                return vendor.conv_bn_act_cudnn(*args)
+            return engines.implementation("conv_bn_act", self.engine)(*args)
         # Compiled and exported programs carry plain weights only.
-        if torch.compiler.is_compiling():
+        if compiling:
             return torch.ops.fused_resnet.conv_bn_act(*args)
-        if self.engine == "vendor":
-            return vendor.conv_bn_act(*args)
-        if self._packed is None:
+        if self._packed is None and not x.is_cuda:
             self._packed = torch.ops.fused_resnet.conv_pack(self.weight, self.geometry[3])
         if torch.is_grad_enabled():
             return _CONV_BN_ACT(*args, self._packed)
@@ -80,17 +85,41 @@ class FrozenConv(nn.Module):
         with torch._C._AutoDispatchBelowAutograd():
             return _CONV_BN_ACT(*args, self._packed)
 
+    def candidates(self, x: Tensor, act: str, residual: Tensor | None) -> list[str]:
+        """The engines that can run this layer on ``x``, the untuned choice first."""
+        device, dtype = x.device.type, x.dtype
+        first = engines.choose("conv_bn_act", device, dtype)
+        others = [
+            name
+            for name in ("native", "triton", "vendor")
+            if name != first and engines.why_not(name, "conv_bn_act", device, dtype) is None
+        ]
+        return [first, *others, *([CUDNN] if self._cudnn_serves(x, act, residual) else [])]
+
+    def _cudnn_serves(self, x: Tensor, act: str, residual: Tensor | None) -> bool:
+        """Whether cuDNN's fused kernel takes this layer and, asked here, keeps NaN."""
+        given = (x, self.weight, self.scale, self.shift, residual, *self.geometry[:3], act)
+        if vendor.cudnn_why_not(*given, vendor.must_be_deterministic()) is not None:
+            return False
+        spoilt = x.clone()
+        spoilt[0, 0] = torch.nan
+        args: Any = (spoilt, *given[1:-1], self.geometry[3], act)
+        fused, plain = vendor.conv_bn_act_cudnn(*args), vendor.conv_bn_act(*args)
+        return torch.equal(fused.isnan(), plain.isnan())
+
     def tune(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> None:
-        """Move this layer to the vendor if that is clearly faster on ``x``."""
-        times: dict[str, list[float]] = {"native": [], "vendor": []}
+        """Move this layer to another engine if that is clearly faster on ``x``."""
+        first, *others = self.candidates(x, act, residual)
+        times: dict[str, list[float]] = {name: [] for name in (first, *others)}
+        clock = measure.clock(x.device.type)
         for turn in range(TUNE_ROUNDS + 1):
             for self.engine in times:
-                start = time.perf_counter()
-                self.forward(x, act, residual)
+                seconds = clock(lambda: self.forward(x, act, residual), 1)
                 if turn > 0:  # the first packs, and warms up
-                    times[self.engine].append(time.perf_counter() - start)
-        clear = min(times["vendor"]) * TUNE_MARGIN < min(times["native"])
-        self.engine = "vendor" if clear else "native"
+                    times[self.engine].append(seconds)
+        best = min(times, key=lambda name: min(times[name]))
+        clear = min(times[best]) * TUNE_MARGIN < min(times[first])
+        self.engine = best if clear else first
 
     def forget(self) -> None:
         """Drop the packed weight; the next call packs again."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import autograd, checks, engines
 from .conditions import needs_grad
+from .reference import conv_shape
 
 __all__ = [
     "add_act",
@@ -278,18 +279,6 @@ def pooling_pairs(
             f"{name}: kernel_size {kernel_size!r} is larger than the padded input {tuple(x.shape)}"
         )
     return [kernel, steps, pads, gaps]
-
-
-def conv_shape(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> tuple[int, ...]:
-    """The shape of a convolution's output."""
-    size = [
-        (x.size(i + 2) + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) // stride[i]
-        + 1
-        for i in (0, 1)
-    ]
-    return (x.size(0), weight.size(0), *size)
 
 
 def conv_bn_act(

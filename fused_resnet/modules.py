@@ -11,6 +11,7 @@ from . import engines, functional
 from .conditions import obstacle, recording, trains, uses_batch_statistics
 from .moments import count_batch
 from .plan import Params, Plan, Pool, Step
+from .reference import conv_shape
 from .sync_batch_norm import group_of
 from .training import Chain
 
@@ -46,7 +47,7 @@ def conv_bn_chain(
     if residual is None:
         return chain([(conv, bn)], x, act=act)
     x = _as_autocast(x)
-    shape = functional.conv_shape(x, conv.weight, *geometry_of(conv)[:3])
+    shape = conv_shape(x, conv.weight, *geometry_of(conv)[:3])
     if residual.dtype == x.dtype and residual.shape == shape:
         return chain([(conv, bn)], x, residual, act=act)
     return functional.add_act(chain([(conv, bn)], x, act="none"), residual, act)

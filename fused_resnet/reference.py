@@ -44,6 +44,22 @@ def empty_image(x: Tensor, shape: Sequence[int], *layout_of: Tensor) -> Tensor:
     return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
+def conv_shape(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """The shape of a convolution's output."""
+    size = [
+        (x.size(i + 2) + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) // stride[i]
+        + 1
+        for i in (0, 1)
+    ]
+    return (x.size(0), weight.size(0), *size)
+
+
 def _in_format_of(y: Tensor, *tensors: Tensor) -> Tensor:
     """``y`` in the :func:`memory_format` of ``tensors``, strides of lengths of one included."""
     layout = memory_format(*tensors)

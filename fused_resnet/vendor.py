@@ -1,6 +1,7 @@
 """The vendor engine: torch's own convolution (oneDNN, cuDNN), then one in-place pass of ours over
 its output for scale, shift, residual and activation, in the accumulation type."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import accumulation_dtype, empty_image
+from .reference import accumulation_dtype, conv_shape, empty_image
 
 
 def conv_bn_act(
@@ -35,6 +36,77 @@ def conv_bn_act(
         shift = torch.zeros(y.size(1), dtype=dtype, device=y.device)
     torch.ops.fused_resnet.bn_act_(y, scale, shift, residual, act)
     return y
+
+
+#: What cuDNN's fused kernels take; it addresses with 32 bits, and torch does not cut for them.
+_CUDNN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CUDNN_NUMEL = 2**31
+
+
+def must_be_deterministic() -> bool:
+    """Whether torch's own convolutions are held to algorithms that are."""
+    return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+
+
+def cudnn_why_not(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+    deterministic: bool,
+) -> str | None:
+    """Why cuDNN's fused ``relu(conv(x) + bias + z)`` is not :func:`conv_bn_act`, or None. Pure.
+
+    A scale would have to be folded, and a shift of another type than x rounded: neither is exact.
+    """
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}"
+    if x.dtype not in _CUDNN_DTYPES:
+        return f"it does not compute in {x.dtype}"
+    if act != "relu":
+        return "it ends in ReLU"
+    if scale is not None:
+        return "there is a scale"
+    if shift is not None and shift.dtype != x.dtype:
+        return f"shift is {shift.dtype}, its bias {x.dtype}"
+    if deterministic:
+        return "torch does not hold it to deterministic algorithms"
+    sizes = (x.numel(), weight.numel(), math.prod(conv_shape(x, weight, stride, padding, dilation)))
+    if min(sizes) == 0 or max(sizes) >= _CUDNN_NUMEL:
+        return f"its tensors have 1 to {_CUDNN_NUMEL - 1} elements, got {max(sizes)}"
+    return None
+
+
+def conv_bn_act_cudnn(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+) -> Tensor:
+    """:func:`conv_bn_act` in one kernel of cuDNN where that computes the same, else in two.
+
+    NaN may come out of that kernel as 0: its ReLU promises nothing. Whoever calls this has asked.
+    """
+    window = (list(stride), list(padding), list(dilation))
+    given = (x, weight, scale, shift, residual, *window)
+    if cudnn_why_not(*given, act, must_be_deterministic()) is not None:
+        return conv_bn_act(*given, groups, act)
+    if residual is None:
+        return torch.ops.aten.cudnn_convolution_relu(x, weight, shift, *window, groups)
+    return torch.ops.aten.cudnn_convolution_add_relu(
+        x, weight, residual, 1.0, shift, *window, groups
+    )
 
 
 def conv_dgrad(

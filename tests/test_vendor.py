@@ -1,0 +1,155 @@
+"""The vendor engine: when it is taken, and when cuDNN's fused kernels may stand in for it."""
+
+import pytest
+import torch
+from cases import DTYPES, assert_identical
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fused_resnet import engines, vendor
+from fused_resnet.frozen_conv import CUDNN, FrozenConv
+
+WINDOW = ([1, 1], [1, 1], [1, 1])
+
+
+def given(device="cuda", dtype=torch.float32, batch=2, shift=None, scale=False, residual=False):
+    """Arguments of conv_bn_act up to its window; of any size, as nothing is allocated."""
+    with FakeTensorMode():
+        x = torch.empty(batch, 8, 16, 16, dtype=dtype, device=device)
+        vectors = [torch.empty(8, dtype=d, device=device) for d in (torch.float32, shift) if d]
+        return (
+            x,
+            torch.empty(8, 8, 3, 3, dtype=dtype, device=device),
+            vectors[0] if scale else None,
+            vectors[-1] if shift else None,
+            torch.empty_like(x) if residual else None,
+        )
+
+
+def why_not(act="relu", deterministic=False, **kwargs):
+    return vendor.cudnn_why_not(*given(**kwargs), *WINDOW, act, deterministic)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_cudnn_takes_what_it_computes_exactly(residual):
+    assert why_not(residual=residual) is None
+    assert why_not(residual=residual, shift=torch.float32) is None
+    for dtype in (torch.float16, torch.bfloat16):
+        assert why_not(residual=residual, dtype=dtype) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"device": "cpu"}, "on cpu"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"act": "none"}, "ReLU"),
+        ({"scale": True, "shift": torch.float32}, "scale"),
+        # Half types keep their shift in float32: as a bias it would be rounded.
+        ({"dtype": torch.bfloat16, "shift": torch.float32}, "shift is torch.float32"),
+        ({"deterministic": True}, "deterministic"),
+        ({"batch": 0}, "elements"),
+        ({"batch": 2**20}, "elements"),  # 2**31 of them
+    ],
+    ids=str,
+)
+def test_cudnn_leaves_what_it_would_change(asked, words):
+    assert words in why_not(**asked)
+
+
+def test_the_largest_tensor_counts():
+    """The output may be the larger one."""
+    x, weight, *rest = given(batch=2**18)
+    with FakeTensorMode():
+        wide = torch.empty(64, 8, 3, 3, device="cuda")
+    assert vendor.cudnn_why_not(x, weight, *rest, *WINDOW, "relu", False) is None
+    assert "elements" in vendor.cudnn_why_not(x, wide, *rest, *WINDOW, "relu", False)
+
+
+def test_determinism_is_torchs_wish(monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    assert not vendor.must_be_deterministic()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert vendor.must_be_deterministic()
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    assert vendor.must_be_deterministic()
+
+
+@pytest.mark.parametrize("act", ["none", "relu"])
+def test_without_cudnn_it_is_the_vendors_two_passes(act):
+    x, weight = torch.randn(2, 3, 6, 6), torch.randn(5, 3, 3, 3)
+    args = (x, weight, None, torch.randn(5), torch.randn(2, 5, 6, 6), *WINDOW, 1, act)
+    assert_identical(vendor.conv_bn_act_cudnn(*args), vendor.conv_bn_act(*args))
+
+
+# The chooser.
+
+
+@pytest.fixture
+def all_on_cuda(monkeypatch):
+    """As if every op had a CUDA kernel, and there were a CUDA library."""
+    monkeypatch.setitem(engines._NATIVE, "cuda", frozenset(engines.OPS))
+    monkeypatch.setattr(engines.native, "cuda_why_not", None)
+
+
+def test_untuned_on_a_gpu(all_on_cuda):
+    """Convolutions go to the vendor, whatever their layout, and everything around them is ours."""
+    for op in engines.OPS:
+        expected = "vendor" if op in ("conv_bn_act", "conv_dgrad", "conv_wgrad") else "native"
+        for dtype in DTYPES:
+            for suited in (False, True):
+                assert engines.choose(op, "cuda", dtype, "auto", suited) == expected
+            assert engines.choose(op, "cuda", dtype, "native") == "native"
+
+
+# A frozen layer's engine.
+
+
+def layer():
+    conv, bn = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8).eval()
+    with torch.no_grad():
+        return FrozenConv(conv, bn, torch.float32)
+
+
+def test_untuned_layer():
+    assert layer().engine == engines.choose("conv_bn_act", "cpu", torch.float32)
+
+
+def test_candidates_on_the_cpu():
+    assert layer().candidates(torch.randn(1, 8, 5, 5), "relu", None) == ["native", "vendor"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "taken"),
+    [
+        ({"vendor": 1.0, "native": 0.95, CUDNN: 0.99}, "vendor"),  # not clearly faster
+        ({"vendor": 1.0, "native": 0.5, CUDNN: 0.6}, "native"),
+        ({"vendor": 1.0, "native": 0.5, CUDNN: 0.4}, CUDNN),
+    ],
+)
+def test_what_is_clearly_faster_is_taken(seconds, taken, monkeypatch):
+    made = layer()
+    monkeypatch.setattr(FrozenConv, "candidates", lambda self, *args: list(seconds))
+    monkeypatch.setattr(
+        "fused_resnet.measure.clock",
+        lambda device: lambda call, repeats: (call(), seconds[made.engine])[1],
+    )
+    made.tune(torch.randn(1, 8, 5, 5), "relu")
+    assert made.engine == taken
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_cudnn_is_asked_whether_it_keeps_nan(keeps, monkeypatch):
+    """Its kernels are called here by a stand-in, which may turn NaN into 0."""
+
+    def fused(x, weight, scale, shift, residual, stride, padding, dilation, groups, act):
+        y = vendor.conv_bn_act(
+            x, weight, scale, shift, residual, stride, padding, dilation, groups, act
+        )
+        return y if keeps else y.nan_to_num()
+
+    made = layer()
+    monkeypatch.setattr(vendor, "cudnn_why_not", lambda *args: None)
+    monkeypatch.setattr(vendor, "conv_bn_act_cudnn", fused)
+    offered = made.candidates(torch.randn(1, 8, 5, 5), "relu", None)
+    assert (CUDNN in offered) == keeps
