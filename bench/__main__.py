@@ -3,6 +3,7 @@
 import argparse
 import fnmatch
 import json
+import os
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -12,7 +13,7 @@ import torch
 
 from bench import report, training
 from bench.cases import DTYPES, Case, cases
-from fused_resnet import chart, facts
+from fused_resnet import chart, checkpoints, facts
 from fused_resnet.command import CommandError, positive, require
 from fused_resnet.measure import EAGER, OURS, Pace, Result, measure, write_json
 
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         help="cases by name, * for anything (default: resnet50/*; the names: --list)")  # fmt: skip
     add("--variants", nargs="+", default=["*"], metavar="PATTERN",
         help="variants by name, beside eager")  # fmt: skip
-    add("--batch", type=positive, nargs="+", default=[1, 16], metavar="N", help="default: 1 16")
+    add("--batch", type=positive, nargs="+", metavar="N", help="default: 1 16; --launches: 32")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: fp32 bf16")
     add("--size", type=positive, default=224, metavar="PIXELS", help="of the images (default: 224)")
     add("--seconds", type=float, metavar="S",
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     add("--smoke", action="store_true",
         help="resnet18 and every op on tiny images, one round: does it all run?")  # fmt: skip
     add("--list", action="store_true", help="print the names of all cases, or of those selected")
+    add("--launches", action="store_true",
+        help="measure nothing, needs no GPU: count what networks (--select, default: resnet50) "
+        "launch on one and move, beside eager")  # fmt: skip
     add("--table", type=Path, metavar="FILE",
         help="measure nothing: print the results in FILE as Markdown, for the README")  # fmt: skip
     return result
@@ -170,9 +174,31 @@ def read(path: Path) -> dict:
     return content
 
 
+def count_launches(args: argparse.Namespace) -> None:
+    """Print and write what networks launch and move."""
+    from bench import launches
+
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # for its kernels to take the CPU's tensors
+    patterns = args.select or ["resnet50"]
+    names = [n for n in checkpoints.MODELS if any(fnmatch.fnmatch(n, p) for p in patterns)]
+    if not names:
+        raise CommandError(f"--select {' '.join(patterns)}: no such network")
+    several = args.batch or [32]
+    rows = [row for batch in several for row in launches.run(names, args.dtype, batch, args.size)]
+    print(report.launches(rows), end="")
+    output = args.output or RESULTS / "launches.json"
+    content = {"schema": 1, "command": "launches", "commit": commit(), "size": args.size}
+    write_json(output, {**content, "results": rows})
+    print(f"\nresults  {output}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
+        if args.launches:
+            count_launches(args)
+            return 0
+        args.batch = args.batch or [1, 16]
         if args.table is not None:
             content = read(args.table)
             print(report.markdown(content), end="")

@@ -137,3 +137,22 @@ def _op_table(name: str, rows: list[Row]) -> str:
 
     lines = [(c.split("/")[1], [cell(c, v) for v in variants]) for c in cases]
     return _table(name, variants, lines)
+
+
+def launches(rows: list[Row]) -> str:
+    """Tables of what networks launch and move; beside each figure its share of eager's."""
+    parts = []
+    for title, several in groupby(rows, lambda r: f"{r['network']}, {r['task']}, {r['dtype']}"):
+        lines = [(row["variant"], _launch_cells(row)) for row in several]
+        columns = ["launches on activations", "other launches", "MB an image"]
+        parts.append(_table(title, columns, lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _launch_cells(row: Row) -> list[str]:
+    if row["why_not"] is not None:
+        return [row["why_not"], "", ""]
+    share = row["of_eager"]
+    moved = 1e-6 * row["bytes"] / row["batch"]
+    large = f"{row['large']} ({share['large']:.2f}x)"
+    return [large, str(row["small"]), f"{moved:.1f} ({share['bytes']:.2f}x)"]
