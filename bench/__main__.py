@@ -4,6 +4,7 @@ import argparse
 import fnmatch
 import json
 import os
+import statistics
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -11,14 +12,26 @@ from pathlib import Path
 
 import torch
 
-from bench import report, training
-from bench.cases import DTYPES, Case, cases
+from bench import report, training, training_ops
+from bench.cases import DTYPES, WORKS, Case, cases
+from bench.screen import Tick, screen
 from fused_resnet import chart, checkpoints, facts
 from fused_resnet.command import CommandError, positive, require
-from fused_resnet.measure import EAGER, OURS, Pace, Result, measure, write_json
+from fused_resnet.measure import (
+    EAGER,
+    OURS,
+    Pace,
+    Result,
+    clock,
+    interleave,
+    measure,
+    write_json,
+)
 
 RESULTS = Path(__file__).parent / "results"
-EVERY_OP = ("conv_bn_act/*", "bn_act/*", "bn_act_maxpool/*", "eltwise_act/*")
+EVERY_OP = ("conv_bn_act/*", *(f"{op}/*" for op in (*WORKS, *training_ops.WORKS)))
+#: For the bandwidth of a copy: more than any cache holds.
+COPIED_BYTES = 2**28
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
         help="variants by name, beside eager")  # fmt: skip
     add("--batch", type=positive, nargs="+", metavar="N", help="default: 1 16; --launches: 32")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: fp32 bf16")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--patience", type=float, metavar="S",
+        help="leave out a peer that prepares for more than S seconds (default: wait)")  # fmt: skip
     add("--size", type=positive, default=224, metavar="PIXELS", help="of the images (default: 224)")
     add("--seconds", type=float, metavar="S",
         help="time a network about S seconds (default: 30), an op a tenth of it")  # fmt: skip
@@ -72,15 +88,16 @@ def selected(args: argparse.Namespace) -> list[Case]:
     patterns = args.select or (
         ["resnet18/*", "train/resnet18/*", *EVERY_OP] if args.smoke else ["resnet50/*"]
     )
-    several = (cases, training.cases)
-    everything = [c for of in several for c in of(args.batch, args.dtype, args.size)]
+    several = (cases, training.cases, training_ops.cases)
+    asked = (args.batch, args.dtype, args.size, args.device)
+    everything = [case for of in several for case in of(*asked)]
     found = [c for c in everything if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
     if not found:
         raise CommandError(f"--select {' '.join(patterns)}: there is no such case; --list has all")
     return found
 
 
-def run_case(case: Case, pace: Pace, patterns: list[str], tick) -> list[dict]:
+def run_case(case: Case, pace: Pace, args: argparse.Namespace, tick: Tick) -> list[dict]:
     """One case's results, as they go into JSON."""
     torch._dynamo.reset()  # each network is its own program
     tick("making inputs and the float64 reference", 0.0)
@@ -88,23 +105,36 @@ def run_case(case: Case, pace: Pace, patterns: list[str], tick) -> list[dict]:
     chosen = [
         v
         for v in work.variants
-        if v.kind == EAGER or any(fnmatch.fnmatch(v.name, p) for p in patterns)
+        if v.kind == EAGER or any(fnmatch.fnmatch(v.name, p) for p in args.variants)
     ]
-    results: list[Result] = measure(chosen, work.inputs, work.truth, pace, tick)
+    results: list[Result] = measure(
+        chosen,
+        work.inputs,
+        work.truth,
+        pace,
+        tick,
+        seconds=clock(args.device, cold=bool(case.shape)),
+        patience=args.patience,
+    )
     known = {"case": case.name, "what": case.what, "batch": case.batch}
     known |= {"dtype": case.dtype, "images": case.batch, "flops": work.flops, "bytes": work.bytes}
     return [{**known, **r.as_dict(), **work.facts(r.variant)} for r in results]
 
 
 def run(args: argparse.Namespace) -> int:
-    require("bench", "rich", *(["matplotlib"] if args.chart else []))
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    if args.chart:
+        require("bench", "matplotlib")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch.cuda.is_available() is False")
     if args.smoke:
         args.batch, args.size = [2], 32
     seconds = 30.0 if args.seconds is None else args.seconds
-    paces = {"network": Pace(seconds, most_rounds=100), "op": Pace(seconds / 10, most_rounds=100)}
+    # A GPU needs no more than that to run at its speed.
+    sample = 0.1 if args.device == "cpu" else 0.02
+    paces = {
+        "network": Pace(seconds, most_rounds=100, sample_seconds=sample),
+        "op": Pace(seconds / 10, most_rounds=100, sample_seconds=sample),
+    }
     if args.smoke:
         paces = dict.fromkeys(paces, Pace(0.0, 1, 1, 0.0))
     torch.set_num_threads(args.threads or facts.physical_cores())
@@ -112,40 +142,42 @@ def run(args: argparse.Namespace) -> int:
     output = args.output
     if output is None and not args.smoke:
         output = RESULTS / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
-    environment = {**facts.environment(), "commit": commit()}
+    environment = {**facts.environment(), "commit": commit(), "device": args.device}
     content = {"schema": 1, "command": "bench", "environment": environment, "size": args.size}
+    if any(case.shape for case in chosen):
+        environment["copy_bytes_per_second"] = copy_bandwidth(args.device, paces["op"])
     content["results"] = []
 
     shown: list[dict] = []
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    columns = (TextColumn("{task.description:<64}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
-        task = bar.add_task("", total=len(chosen))
+    with screen(len(chosen)) as out:
         for i, case in enumerate(chosen):
-
-            def tick(what: str, part: float, i: int = i, case: Case = case) -> None:
-                bar.update(task, completed=i + part, description=f"{case.name}: {what}")
-
-            rows = run_case(case, paces["op" if case.shape else "network"], args.variants, tick)
+            pace = paces["op" if case.shape else "network"]
+            rows = run_case(case, pace, args, out.tick(i, case.name))
             content["results"] += rows
             shown += rows
             if i + 1 == len(chosen) or not case.shape or chosen[i + 1].what != case.what:
-                bar.console.print(report.terminal(shown))
+                out.show(shown, content)
                 shown = []
             if output is not None:  # after every case: an interrupted run keeps what it has
                 write_json(output, content)
-        bar.update(task, completed=len(chosen), description="done")
     if output is not None:
-        console.print(f"results  {output}", highlight=False)
+        print(f"results  {output}")
     if args.chart is not None:
         draw(content, args.chart)
-        console.print(f"chart    {args.chart}", highlight=False)
+        print(f"chart    {args.chart}")
     failed = [r for r in content["results"] if r["kind"] == OURS and not r["within"]]
     for r in failed:
-        console.print(f"[bold red]FAILED[/] {r['case']}: {r['variant']}: {r['why_not']}")
+        print(f"FAILED {r['case']}: {r['variant']}: {r['why_not']}")
     return 1 if failed else 0
+
+
+def copy_bandwidth(device: str, pace: Pace) -> float:
+    """Bytes a second, read and written, of a copy within the device's memory."""
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    seconds = clock(device, cold=True)
+    samples = interleave({"copy": lambda: target.copy_(source)}, pace, seconds=seconds)["copy"]
+    return 2 * COPIED_BYTES / statistics.median(samples)
 
 
 def draw(content: dict, path: Path) -> None:

@@ -3,15 +3,15 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import peers
+from bench import graph, peers
 from fused_resnet import checkpoints, engines, functional, fuse, reference, variants
 from fused_resnet.blocks import Fused
 from fused_resnet.measure import EAGER, OURS, PEER, Runner, Variant
@@ -44,21 +44,28 @@ class Case:
         return "/".join(filter(None, (self.what, self.shape, f"b{self.batch}", self.dtype)))
 
 
-def cases(batches: list[int], dtypes: list[str], size: int) -> Iterator[Case]:
-    """All cases there are, for images of ``size`` pixels."""
+def cases(batches: list[int], dtypes: list[str], size: int, device: str) -> Iterator[Case]:
+    """All cases of inference, for images of ``size`` pixels."""
     for batch in batches:
         for name in dtypes:
             dtype = DTYPES[name]
             for network in checkpoints.MODELS:
-                make = functools.partial(_network_work, network, batch, dtype, size)
+                make = functools.partial(_network_work, network, batch, dtype, size, device)
                 yield Case(network, "", batch, name, make)
             for layer in layers(LAYERS_OF, size):
-                make = functools.partial(_conv_work, layer, batch, dtype)
+                make = functools.partial(_conv_work, layer, batch, dtype, device)
                 yield Case("conv_bn_act", str(layer), batch, name, make)
-            for op, shapes in elementwise(size).items():
-                for shape in shapes:
-                    make = functools.partial(WORKS[op], (batch, *shape), dtype)
-                    yield Case(op, "x".join(map(str, shape)), batch, name, make)
+            yield from op_cases(WORKS, batch, name, size, device)
+
+
+def op_cases(
+    works: dict[str, "Op"], batch: int, dtype: str, size: int, device: str
+) -> Iterator[Case]:
+    """The cases of ops that are no convolutions, at the shapes ResNet-50's layers give them."""
+    for name, op in works.items():
+        for shape in places(size)[op.where]:
+            make = functools.partial(op.make, (batch, *shape), DTYPES[dtype], device)
+            yield Case(name, "x".join(map(str, shape)), batch, dtype, make)
 
 
 def images(count: int, size: int) -> Tensor:
@@ -78,24 +85,28 @@ def seeded_network(name: str, size: int) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=2)
-def _truth(name: str, size: int, count: int) -> Tensor:
-    exact = copy.deepcopy(seeded_network(name, size)).double()
+def _truth(name: str, size: int, count: int, device: str) -> Tensor:
+    exact = copy.deepcopy(seeded_network(name, size)).to(device).double()
     with torch.no_grad():
-        return torch.cat([exact(x.double()) for x in images(count, size).split(1)])
+        pixels = images(count, size).to(device)
+        return torch.cat([exact(x.double()) for x in pixels.split(1)])
 
 
-def _network_work(name: str, batch: int, dtype: torch.dtype, size: int) -> Work:
-    model = seeded_network(name, size)
+def _network_work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> Work:
+    model = copy.deepcopy(seeded_network(name, size)).to(device)
     count = max(batch, 3 // batch * batch)  # three images, where the batch allows
-    inputs = list(images(count, size).split(batch))
-    threads = torch.get_num_threads()
-    several = [
-        *variants.standard(model, dtype, inputs[0]),
-        peers.onnx_runtime(model, dtype, inputs[0], threads),
-        peers.openvino(model, dtype, inputs[0], threads),
-    ]
+    inputs = list(images(count, size).to(device).split(batch))
+    several = variants.standard(model, dtype, inputs[0])
+    if device == "cuda":
+        several.append(variants.compiled(model, dtype, "max-autotune"))
+        several += [graph.replayed(v, inputs[0]) for v in several if v.kind == OURS]
+    else:
+        threads = torch.get_num_threads()
+        several.append(peers.onnx_runtime(model, dtype, inputs[0], threads))
+        several.append(peers.openvino(model, dtype, inputs[0], threads))
     several.sort(key=lambda v: (EAGER, PEER, OURS).index(v.kind))
-    return Work(several, inputs, _truth(name, size, count), network_flops(name, batch, size), None)
+    truth = _truth(name, size, count, device)
+    return Work(several, inputs, truth, network_flops(name, batch, size), None)
 
 
 def network_flops(name: str, batch: int, size: int) -> int:
@@ -149,59 +160,98 @@ def layers(name: str, size: int) -> list[Layer]:
     return list(found)
 
 
-class _Random:
+class Random:
     """The tensors a layer meets, from one seed."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.g = dtype, torch.Generator().manual_seed(0)
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.dtype, self.device = dtype, device
+        self.g = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.g, device=self.device)
 
     def activations(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.g).relu_().to(self.dtype)
+        return self.normal(*shape).relu_().to(self.dtype)
 
     def weight(self, out_channels: int, *shape: int) -> Tensor:
-        w = torch.randn(out_channels, *shape, generator=self.g)
+        w = self.normal(out_channels, *shape)
         return (w * (2 / w[0].numel()) ** 0.5).to(self.dtype)
 
     def batch_norm(self, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Running mean and variance, weight and bias."""
-        mean, bias = 0.2 * torch.randn(2, channels, generator=self.g)
-        var, weight = 0.5 + torch.rand(2, channels, generator=self.g)
+        mean, bias = 0.2 * self.normal(2, channels)
+        var, weight = 0.5 + torch.rand(2, channels, generator=self.g, device=self.device)
         return mean, var, weight, bias
 
 
-def _eager(layout: str, call: Callable[..., Tensor]) -> Variant:
+#: What an op's variants return.
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+def _of_tensors(name: str, kind: str, layout: str, call: Callable[..., Outputs]) -> Variant:
     """``call`` on its tensors in one of torch's layouts."""
     order = variants.LAYOUTS[layout]
 
     def feed(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(t.contiguous(memory_format=order) for t in tensors)
+        return tuple(
+            t.contiguous(memory_format=order if t.dim() == 4 else torch.contiguous_format)
+            for t in tensors
+        )
 
-    return Variant(f"eager {layout}", EAGER, lambda: Runner(lambda tensors: call(*tensors), feed))
+    runner = Runner(lambda tensors: call(*tensors), feed)
+    return Variant(name, kind, lambda: runner)
 
 
-def _ours(name: str, call: Callable[..., Tensor]) -> Variant:
-    runner = _eager("NHWC", call).prepare()
-    return Variant(name, OURS, lambda: runner)
+def eager(call: Callable[..., Outputs]) -> list[Variant]:
+    """``call`` in both of torch's layouts."""
+    return [_of_tensors(f"eager {layout}", EAGER, layout, call) for layout in variants.LAYOUTS]
 
 
-def _work(
-    eager: Callable[..., Tensor],
-    ours: dict[str, Callable[..., Tensor]],
-    exact: Callable[..., Tensor],
+def ours(calls: dict[str, Callable[..., Outputs]]) -> list[Variant]:
+    """Each of ``calls``, in the layout that is ours."""
+    return [_of_tensors(name, OURS, "NHWC", call) for name, call in calls.items()]
+
+
+def on_engines(device: str, dtype: torch.dtype, *ops: str) -> dict[str, list[Callable[..., Any]]]:
+    """By engine, the implementations of ``ops``, where it has kernels of its own for all."""
+    return {
+        engine: [engines.implementation(op, engine) for op in ops]
+        for engine in ("native", "triton")
+        if all(engines.why_not(engine, op, device, dtype) is None for op in ops)
+    }
+
+
+def op_work(
+    several: list[Variant],
+    truth: Outputs,
     tensors: tuple[Tensor, ...],
     flops: int,
-    moved: int,
+    read: int,
 ) -> Work:
-    with torch.no_grad():
-        truth = exact(*(t.double() for t in tensors))
-    several = [_eager("NCHW", eager), _eager("NHWC", eager)]
-    several += [_ours(name, call) for name, call in ours.items()]
-    size = tensors[0].element_size()
-    return Work(several, [tensors], truth, flops, size * (moved + truth.numel()))
+    """A case of an op.
+
+    Args:
+        truth: what it returns, in float64; of several tensors each counts alike for the error,
+            however large its values are.
+        read: elements it must read; what it returns must be written.
+    """
+    parts = truth if isinstance(truth, tuple) else (truth,)
+    scales = [float(t.abs().max()) or 1.0 for t in parts] if len(parts) > 1 else [1.0]
+
+    def flat(made: Outputs) -> Tensor:
+        found = zip(made if isinstance(made, tuple) else (made,), scales, strict=True)
+        return torch.cat([(t.double() / scale).flatten() for t, scale in found])
+
+    def reading(v: Variant) -> Variant:
+        return replace(v, prepare=lambda: v.prepare()._replace(read=flat))
+
+    moved = read + sum(t.numel() for t in parts)
+    bytes_moved = tensors[0].element_size() * moved
+    return Work([reading(v) for v in several], [tensors], flat(truth), flops, bytes_moved)
 
 
-def _conv_work(layer: Layer, batch: int, dtype: torch.dtype) -> Work:
-    random = _Random(dtype)
+def _conv_work(layer: Layer, batch: int, dtype: torch.dtype, device: str) -> Work:
+    random = Random(dtype, device)
     x = random.activations(batch, layer.in_channels, layer.height, layer.width)
     w = random.weight(layer.out_channels, layer.in_channels // layer.groups, *layer.kernel)
     bn = random.batch_norm(layer.out_channels)
@@ -211,7 +261,7 @@ def _conv_work(layer: Layer, batch: int, dtype: torch.dtype) -> Work:
     y = F.conv2d(x[:1].to("meta"), w.to("meta"), None, *geometry)
     residual = (random.activations(batch, *y.shape[1:]),) if layer.residual else ()
 
-    def eager(x: Tensor, w: Tensor, *residual: Tensor) -> Tensor:
+    def unfused(x: Tensor, w: Tensor, *residual: Tensor) -> Tensor:
         y = F.batch_norm(F.conv2d(x, w, None, *geometry), *bn)
         for r in residual:
             y += r
@@ -231,86 +281,89 @@ def _conv_work(layer: Layer, batch: int, dtype: torch.dtype) -> Work:
         vectors = (scale.double(), shift.double(), r)
         return reference.conv_bn_act(x, w, *vectors, *lists, layer.act)
 
-    channels_last = w.contiguous(memory_format=torch.channels_last)
-    ours = {
-        "vendor": with_engine("vendor"),
-        "native": with_engine("native"),
-        "native packed": with_engine(
-            "native", torch.ops.fused_resnet.conv_pack(channels_last, layer.groups)
-        ),
+    fused = {
+        engine: with_engine(engine)
+        for engine in ("vendor", *on_engines(device, dtype, "conv_bn_act"))
     }
+    if device == "cpu":
+        channels_last = w.contiguous(memory_format=torch.channels_last)
+        packed = torch.ops.fused_resnet.conv_pack(channels_last, layer.groups)
+        fused["native packed"] = with_engine("native", packed)
     # A kernel smaller than its stride does not read all of x.
     read = x.numel()
     for kernel, stride in zip(layer.kernel, layer.stride, strict=True):
         read = read * min(kernel, stride) // stride
-    moved = read + w.numel() + sum(r.numel() for r in residual)
+    read += w.numel() + sum(r.numel() for r in residual)
     flops = 2 * batch * y.numel() * w[0].numel()
-    return _work(eager, ours, exact, (x, w, *residual), flops, moved)
+    tensors = (x, w, *residual)
+    several = [*eager(unfused), *ours(fused)]
+    return op_work(several, exact(*(t.double() for t in tensors)), tensors, flops, read)
 
 
-def elementwise(size: int) -> dict[str, list[tuple[int, int, int]]]:
-    """For every other op, the shapes of what it is applied to."""
+@functools.lru_cache(maxsize=4)
+def places(size: int) -> dict[str, list[tuple[int, int, int]]]:
+    """The shapes of convolutions' outputs: everywhere, after the stem's, and at blocks' ends."""
     convs = layers(LAYERS_OF, size)
     made = [
         (c.out_channels, -(-c.height // c.stride[0]), -(-c.width // c.stride[1])) for c in convs
     ]
     ends = [shape for c, shape in zip(convs, made, strict=True) if c.residual]
     return {
-        "bn_act": list(dict.fromkeys(made)),
-        "bn_act_maxpool": made[:1],
-        "eltwise_act": list(dict.fromkeys(ends)),
+        "everywhere": list(dict.fromkeys(made)),
+        "stem": made[:1],
+        "ends": list(dict.fromkeys(ends)),
     }
 
 
-def _bn_act_work(shape: tuple[int, ...], dtype: torch.dtype) -> Work:
-    random = _Random(dtype)
+def _bn_act_work(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Work:
+    random = Random(dtype, device)
     x = random.activations(*shape)
     bn = random.batch_norm(shape[1])
     scale, shift = functional.bn_scale_shift(*bn)
-    native = engines.implementation("bn_act", "native")
-    return _work(
-        lambda x: F.relu_(F.batch_norm(x, *bn)),
-        {"native": lambda x: native(x, scale, shift, None, "relu")},
-        lambda x: reference.bn_act(x, scale.double(), shift.double(), None, "relu"),
-        (x,),
-        2 * x.numel(),
-        x.numel(),
-    )
+    rest = (None, "relu")
+    several = eager(lambda x: F.relu_(F.batch_norm(x, *bn)))
+    for engine, (op,) in on_engines(device, dtype, "bn_act").items():
+        several += ours({engine: lambda x, op=op: op(x, scale, shift, *rest)})
+    truth = reference.bn_act(x.double(), scale.double(), shift.double(), *rest)
+    return op_work(several, truth, (x,), 2 * x.numel(), x.numel())
 
 
-def _bn_act_maxpool_work(shape: tuple[int, ...], dtype: torch.dtype) -> Work:
-    random = _Random(dtype)
+def _bn_act_maxpool_work(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Work:
+    random = Random(dtype, device)
     x = random.activations(*shape)
     bn = random.batch_norm(shape[1])
     scale, shift = functional.bn_scale_shift(*bn)
-    native = engines.implementation("bn_act_maxpool", "native")
-    window = ([3, 3], [2, 2], [1, 1], [1, 1], False, "relu")
-    return _work(
-        lambda x: F.max_pool2d(F.relu_(F.batch_norm(x, *bn)), 3, 2, 1),
-        {"native": lambda x: native(x, scale, shift, *window)},
-        lambda x: reference.bn_act_maxpool(x, scale.double(), shift.double(), *window),
-        (x,),
-        2 * x.numel(),
-        x.numel(),
-    )
+    several = eager(lambda x: F.max_pool2d(F.relu_(F.batch_norm(x, *bn)), 3, 2, 1))
+    for engine, (op,) in on_engines(device, dtype, "bn_act_maxpool").items():
+        several += ours({engine: lambda x, op=op: op(x, scale, shift, *WINDOW, "relu")})
+    truth = reference.bn_act_maxpool(x.double(), scale.double(), shift.double(), *WINDOW, "relu")
+    return op_work(several, truth, (x,), 2 * x.numel(), x.numel())
 
 
-def _eltwise_act_work(shape: tuple[int, ...], dtype: torch.dtype) -> Work:
-    random = _Random(dtype)
+def _eltwise_act_work(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Work:
+    random = Random(dtype, device)
     x, r = random.activations(*shape), random.activations(*shape)
-    native = engines.implementation("eltwise_act", "native")
-    return _work(
-        lambda x, r: F.relu_(x + r),
-        {"native": lambda x, r: native([x, r], "sum", None, "relu")},
-        lambda x, r: reference.eltwise_act([x, r], "sum", None, "relu"),
-        (x, r),
-        x.numel(),
-        2 * x.numel(),
-    )
+    rest = ("sum", None, "relu")
+    several = eager(lambda x, r: F.relu_(x + r))
+    for engine, (op,) in on_engines(device, dtype, "eltwise_act").items():
+        several += ours({engine: lambda x, r, op=op: op([x, r], *rest)})
+    truth = reference.eltwise_act([x.double(), r.double()], *rest)
+    return op_work(several, truth, (x, r), x.numel(), 2 * x.numel())
+
+
+#: kernel_size, stride, padding, dilation and ceil_mode of ResNet's pooling.
+WINDOW = ([3, 3], [2, 2], [1, 1], [1, 1], False)
+
+
+class Op(NamedTuple):
+    """An op that is no convolution, as a benchmark."""
+
+    where: str  #: one of :func:`places`
+    make: Callable[[tuple[int, ...], torch.dtype, str], Work]
 
 
 WORKS = {
-    "bn_act": _bn_act_work,
-    "bn_act_maxpool": _bn_act_maxpool_work,
-    "eltwise_act": _eltwise_act_work,
+    "bn_act": Op("everywhere", _bn_act_work),
+    "bn_act_maxpool": Op("stem", _bn_act_maxpool_work),
+    "eltwise_act": Op("ends", _eltwise_act_work),
 }

@@ -27,12 +27,22 @@ def ratio(value: Row | None) -> str:
     return f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})" if value else ""
 
 
-def terminal(rows: list[Row]):
-    """A rich table, with a section for each case; columns nobody has a figure for are left out."""
+def share_of_copy(row: Row, copy: float | None) -> str:
+    """An op's bytes a second in per cent of a copy's; empty where they are not its limit."""
+    if copy is None or is_network(row) or not row["seconds"] or row["flops"] > 10 * row["bytes"]:
+        return ""
+    return f"{100 * row['bytes'] / row['seconds']['median'] / copy:.0f}%"
+
+
+def terminal(rows: list[Row], copy: float | None = None):
+    """A rich table, with a section for each case; columns nobody has a figure for are left out.
+
+    ``copy``: bytes a second, read and written, of a copy on the same device.
+    """
     from rich import box
     from rich.table import Table
 
-    figures = [_figures(row) for row in rows]
+    figures = [_figures(row, copy) for row in rows]
     titles = [title for title in figures[0] if any(cells[title] for cells in figures)]
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
@@ -48,7 +58,7 @@ def terminal(rows: list[Row]):
     return table
 
 
-def _figures(row: Row) -> dict[str, str]:
+def _figures(row: Row, copy: float | None) -> dict[str, str]:
     time = str(row["why_not"])
     if row["seconds"]:
         median, low, high = (1e3 * row["seconds"][x] for x in ("median", "low", "high"))
@@ -58,6 +68,7 @@ def _figures(row: Row) -> dict[str, str]:
     return {
         "time, ms": time,
         "rate": rate(row) if row["seconds"] else "",
+        "of copy": share_of_copy(row, copy),
         "vs eager": ratio(row["speedup"]),
         "vs best peer": ratio(row["to_peer"]),
         "prepare": "" if prepared is None or not is_network(row) else f"{prepared:.1f} s",
@@ -82,15 +93,21 @@ def markdown(content: Row) -> str:
     for row in content["results"]:
         title = f"{row['what']}, batch {row['batch']}, {row['dtype']}"
         tables.setdefault(row["what"] if is_network(row) else title, []).append(row)
+    env = content["environment"]
+    copy = env.get("copy_bytes_per_second")
     parts = [
-        (_network_table if is_network(rows[0]) else _op_table)(title, rows)
+        _network_table(title, rows) if is_network(rows[0]) else _op_table(title, rows, copy)
         for title, rows in tables.items()
     ]
-    env = content["environment"]
     versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
     size = f"{content['size']}x{content['size']}"
+    machine = f"{env['processor']} ({env['isa']}), {env['threads']} threads"
+    if env.get("device") == "cuda":
+        machine = f"{env['gpus'][0]}, driver {env['driver']}"
+    if copy is not None:
+        machine += f", a copy moves {1e-9 * copy:.0f} GB/s"
     parts.append(
-        f"{env['processor']} ({env['isa']}), {env['threads']} threads; {versions}; commit "
+        f"{machine}; {versions}; commit "
         f"{env['commit'] or 'unknown'}, {env['date'][:10]}. Images of {size}. Medians of "
         "interleaved rounds; in parentheses how many times as fast as the faster eager; for "
         "networks also the mean error against float64, relative to the largest output (of a "
@@ -128,12 +145,15 @@ def _network_table(name: str, rows: list[Row]) -> str:
     return _table(f"{name}, images/s", titles, lines)
 
 
-def _op_table(name: str, rows: list[Row]) -> str:
+def _op_table(name: str, rows: list[Row], copy: float | None) -> str:
     cases, variants, found = _cells(rows, "case", "variant")
 
     def cell(case: str, variant: str) -> str:
         row = found.get((case, variant))
-        return f"{rate(row)} ({row['speedup']['median']:.2f}x)" if row and row["seconds"] else "-"
+        if row is None or not row["seconds"]:
+            return "-"
+        share = share_of_copy(row, copy)
+        return f"{rate(row)}{share and f', {share}'} ({row['speedup']['median']:.2f}x)"
 
     lines = [(c.split("/")[1], [cell(c, v) for v in variants]) for c in cases]
     return _table(name, variants, lines)

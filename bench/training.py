@@ -20,26 +20,27 @@ from fused_resnet.plan import MEMORY
 from fused_resnet.variants import LAYOUTS
 
 CLASSES = 1000
+COMPILE = "torch.compile"
 
 
-def cases(batches: list[int], dtypes: list[str], size: int) -> Iterator[Case]:
+def cases(batches: list[int], dtypes: list[str], size: int, device: str) -> Iterator[Case]:
     """One training step of every network."""
     for batch in batches:
         for name in dtypes:
             for network in checkpoints.MODELS:
-                make = functools.partial(_work, network, batch, DTYPES[name], size)
+                make = functools.partial(_work, network, batch, DTYPES[name], size, device)
                 yield Case(f"train/{network}", "", batch, name, make)
 
 
-def _autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:
+def _autocast(dtype: torch.dtype, device: str) -> contextlib.AbstractContextManager:
     half = dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast("cpu", dtype) if half else contextlib.nullcontext()
+    return torch.autocast(device, dtype) if half else contextlib.nullcontext()
 
 
 def step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Forward, cross entropy and backward; half types by autocast. Returns the loss."""
-    target = torch.arange(x.size(0)) % CLASSES
-    with _autocast(dtype):
+    target = torch.arange(x.size(0), device=x.device) % CLASSES
+    with _autocast(dtype, x.device.type):
         y = model(x)
     loss = F.cross_entropy(y if dtype == torch.float64 else y.float(), target)
     loss.backward()
@@ -50,23 +51,25 @@ def prepared(network: nn.Module, variant: str) -> tuple[nn.Module, torch.memory_
     """A copy of a network as the variant of that name runs it."""
     layout = LAYOUTS["NCHW" if variant == "eager NCHW" else "NHWC"]
     model = copy.deepcopy(network).to(memory_format=layout).train()
-    if variant == "torch.compile":
+    if variant.startswith(COMPILE):
         torch._dynamo.reset()
-        model = torch.compile(model, fullgraph=True, dynamic=False)
+        mode = variant.removeprefix(COMPILE).strip() or "default"
+        model = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
     elif variant.startswith("fused"):
         fuse(model, memory=variant.removeprefix("fused").strip() or "auto")
     return model, layout
 
 
-def variant_names() -> dict[str, str]:
+def variant_names(device: str) -> dict[str, str]:
     """Every variant and its kind."""
     ours = {"fused" if memory == "auto" else f"fused {memory}": OURS for memory in MEMORY}
-    return {"eager NCHW": EAGER, "eager NHWC": EAGER, "torch.compile": PEER, **ours}
+    peers = [COMPILE, *([f"{COMPILE} max-autotune"] if device == "cuda" else [])]
+    return {"eager NCHW": EAGER, "eager NHWC": EAGER, **dict.fromkeys(peers, PEER), **ours}
 
 
-def _work(name: str, batch: int, dtype: torch.dtype, size: int) -> Work:
-    network = seeded_network(name, size)
-    x = images(batch, size)
+def _work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> Work:
+    network = copy.deepcopy(seeded_network(name, size)).to(device)
+    x = images(batch, size).to(device)
     exact = copy.deepcopy(network).double().train()
     step(exact, x.double(), torch.float64)
     # Each gradient counts alike, however large its values are.
@@ -91,20 +94,29 @@ def _work(name: str, batch: int, dtype: torch.dtype, size: int) -> Work:
         return Variant(title, kind, prepare)
 
     def facts(title: str) -> dict:
-        if title == "torch.compile":
+        if title.startswith(COMPILE):
             return {}
         model, layout = prepared(network, title)
         fed = x.contiguous(memory_format=layout)
-        with _autocast(dtype):
-            return {
-                "kept": kept_bytes(model, fed),
-                "growth": growth(name, batch, dtype, title, size),
-            }
+        with _autocast(dtype, device):
+            kept = kept_bytes(model, fed)
+        if device == "cuda":
+            return {"kept": kept, "growth": _growth_on_cuda(model, fed, dtype)}
+        return {"kept": kept, "growth": growth(name, batch, dtype, title, size)}
 
-    several = [variant(title, kind) for title, kind in variant_names().items()]
+    several = [variant(title, kind) for title, kind in variant_names(device).items()]
     # Backward computes as much for the input and for the weight of each convolution.
     flops = 3 * network_flops(name, batch, size)
     return Work(several, [x], gradients(exact), flops, None, facts)
+
+
+def _growth_on_cuda(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
+    """By how many bytes what is allocated grows over a step."""
+    step(model, x, dtype)  # the gradients are there then
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(model, x, dtype)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def growth(name: str, batch: int, dtype: torch.dtype, title: str, size: int) -> int:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -56,6 +57,17 @@ def gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+def driver() -> str | None:
+    """The version of the GPU's driver, None where there is none to ask."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
 def environment() -> dict[str, Any]:
     """All of it, as JSON: what a figure means nothing without."""
     return {
@@ -68,6 +80,8 @@ def environment() -> dict[str, Any]:
         "isa": isa(),
         "cpu_features": cpu_features(),
         "gpus": gpus(),
+        "driver": driver() if gpus() else None,
+        "cudnn": torch.backends.cudnn.version(),
         "engine": engines.wish(),
         "build": build_facts(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -35,14 +35,16 @@ def eager(model: nn.Module, dtype: torch.dtype, layout: str) -> Variant:
     return Variant(f"eager {layout}", EAGER, prepare)
 
 
-def compiled(model: nn.Module, dtype: torch.dtype) -> Variant:
-    """torch.compile with inductor's freezing, its best for inference on a CPU."""
+def compiled(model: nn.Module, dtype: torch.dtype, mode: str = "default") -> Variant:
+    """torch.compile in one of its modes with inductor's freezing, its best for inference."""
 
     def prepare() -> Runner:
         # Inductor looks for a CUDA toolkit and logs that it has found no GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         torch._dynamo.reset()
-        program = torch.compile(copy.deepcopy(model).to(dtype), fullgraph=True, dynamic=False)
+        program = torch.compile(
+            copy.deepcopy(model).to(dtype), fullgraph=True, dynamic=False, mode=mode
+        )
         started = False
 
         def run(x: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def compiled(model: nn.Module, dtype: torch.dtype) -> Variant:
         # Faster than contiguous input, or than weights in channels_last too: inductor packs those.
         return Runner(run, _runner(model, dtype, torch.channels_last).feed)
 
-    return Variant("torch.compile", PEER, prepare)
+    return Variant("torch.compile" if mode == "default" else f"torch.compile {mode}", PEER, prepare)
 
 
 def fused(model: nn.Module, dtype: torch.dtype) -> Variant:

@@ -13,8 +13,7 @@ import tolerances
 import torch
 
 from bench import __main__ as bench
-from bench import report
-from bench.cases import cases, layers
+from bench import cases, report, training_ops
 from fused_resnet import checkpoints, measure
 from fused_resnet.measure import EAGER, OURS, PEER, Error, Pace, Runner, Spread, Variant
 
@@ -41,9 +40,8 @@ def test_smoke(smoke):
     content = json.loads((folder / "r.json").read_text())
     assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
     rows = content["results"]
-    assert {row["what"] for row in rows} == {
-        "resnet18", "train/resnet18", "conv_bn_act", "bn_act", "bn_act_maxpool", "eltwise_act"
-    }  # fmt: skip
+    ops = {"conv_bn_act", *cases.WORKS, *training_ops.WORKS}
+    assert {row["what"] for row in rows} == {"resnet18", "train/resnet18", *ops}
     assert {row["dtype"] for row in rows} == {"fp32", "bf16"}
     for row in rows:
         if row["kind"] != PEER:
@@ -77,6 +75,32 @@ def test_markdown(smoke, capsys):
     assert any(line.startswith("| conv_bn_act, batch 2, bf16 |") for line in lines)
 
 
+def test_without_rich(tmp_path):
+    """It does without: lines of text, and the tables as Markdown."""
+    code = "import sys; sys.modules['rich'] = None; from bench.__main__ import main; "
+    options = ["--smoke", "--select", "bn_act/2048*", "--output", str(tmp_path / "r.json")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[1/2] bn_act/2048x1x1/b2/fp32" in done.stderr
+    assert "| bn_act, batch 2, bf16 | eager NCHW | eager NHWC | native |" in done.stdout
+    assert "a copy moves" in done.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["environment"]["device"] == "cpu"
+
+
+def test_share_of_a_copy():
+    row = {"bytes": 80, "flops": 100, "seconds": {"median": 2.0}}
+    assert report.share_of_copy(row, 50.0) == "80%"
+    assert report.share_of_copy(row, None) == ""
+    assert report.share_of_copy({**row, "flops": 801}, 50.0) == ""  # it computes
+    assert report.share_of_copy({**row, "bytes": None}, 50.0) == ""  # it is a network
+
+
 def test_every_network_and_layer_has_a_case(capsys):
     assert bench.main(["--list", "--batch", "16"]) == 0
     names = capsys.readouterr().out.split()
@@ -85,12 +109,12 @@ def test_every_network_and_layer_has_a_case(capsys):
         assert f"{model}/b16/{dtype}" in names
     assert "conv_bn_act/3x224x224-7x7s2-64-relu/b16/fp32" in names
     assert "conv_bn_act/512x7x7-1x1-2048-add-relu/b16/bf16" in names
-    assert len(layers("resnet50", 224)) == 24
+    assert len(cases.layers("resnet50", 224)) == 24
 
 
 def test_flops_and_bytes_of_a_layer():
     name = "conv_bn_act/256x56x56-1x1s2-512/b1/fp32"
-    work = next(c for c in cases([1], ["fp32"], 224) if c.name == name).make()
+    work = next(c for c in cases.cases([1], ["fp32"], 224, "cpu") if c.name == name).make()
     assert work.flops == 2 * 512 * 28 * 28 * 256
     # A 1x1 convolution with stride 2 reads a quarter of its input.
     assert work.bytes == 4 * (256 * 28 * 28 + 512 * 256 + 512 * 28 * 28)
@@ -103,9 +127,12 @@ def test_flops_and_bytes_of_a_layer():
         (["--dtype", "int7"], 2, "fp32"),
         (["--batch", "0"], 2, "positive number"),
         (["--table", "nowhere.json"], 1, "nowhere.json: cannot be read"),
+        (["--launches", "--select", "resnet51"], 1, "no such network"),
+        (["--device", "cuda"], 1, "is_available() is False"),
     ],
 )
-def test_wrong_usage(args, code, words, capsys):
+def test_wrong_usage(args, code, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         got = bench.main(args)
     except SystemExit as stop:
