@@ -223,9 +223,10 @@ class Stem(Fused):
         )
 
 
-#: A frozen ResNet takes a batch through its large images in slices of about this many pixels (four
-#: images of 224x224), whose activations are smaller than today's caches, and so many slices at once
-#: through the rest, whose weights are the larger part; the result is the same image by image.
+#: On a CPU a frozen ResNet takes a batch through its large images in slices of about this many
+#: pixels (four images of 224x224), whose activations are smaller than today's caches, and so many
+#: slices at once through the rest, whose weights are the larger part; the result is the same image
+#: by image.
 _SLICE_PIXELS = 4 * 224 * 224
 _SLICES = 4
 
@@ -237,7 +238,7 @@ class ResNet(Stem, torchvision_resnet.ResNet):
         # The layout inside is ours to choose: what comes out has been flattened.
         x = x.contiguous(memory_format=torch.channels_last)
         images = max(1, _SLICE_PIXELS // max(1, x.size(2) * x.size(3)))
-        if x.size(0) <= images or not self.slices():
+        if x.size(0) <= images or not self.slices(x):
             return self.fc(self.back(self.front(x)))
         groups = [group.split(images) for group in x.split(_SLICES * images)]
         fronts = (torch.cat([self.front(part) for part in group]) for group in groups)
@@ -249,9 +250,9 @@ class ResNet(Stem, torchvision_resnet.ResNet):
     def back(self, x: Tensor) -> Tensor:
         return torch.flatten(self.avgpool(self.layer4(self.layer3(x))), 1)
 
-    def slices(self) -> bool:
+    def slices(self, x: Tensor) -> bool:
         """Whether a batch may be cut: all that runs is ours or torch's, and nobody is watching."""
-        if self.frozen_pairs is None or torch.compiler.is_compiling():
+        if self.frozen_pairs is None or x.device.type != "cpu" or torch.compiler.is_compiling():
             return False
         kinds = (Fused, FrozenConv, nn.Sequential, nn.ReLU, nn.Identity, nn.AdaptiveAvgPool2d)
         within = [m for layer in (*self.layers(), self.avgpool) for m in layer.modules()]

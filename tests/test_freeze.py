@@ -249,6 +249,12 @@ def test_sequential(engine):
     check(frozen, source)
 
 
+def test_only_a_cpu_takes_a_batch_in_slices(frozen):
+    """A GPU is filled by the whole of it."""
+    assert frozen.model.slices(torch.empty(0))
+    assert not frozen.model.slices(torch.empty(0, device="meta"))
+
+
 def test_what_cannot_be_frozen_is_copied():
     source = small()
     prune.l1_unstructured(source.layer2[0].conv1, "weight", 0.5)
