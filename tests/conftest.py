@@ -5,8 +5,10 @@ fails. What a run leaves out on purpose (``slow`` tests without ``--full``, ``gp
 GPU, large cases of an emulated engine) is deselected instead, and the header says so.
 """
 
+import importlib.util
 import os
 import re
+import sys
 
 # Threads that wait must not spin: with a worker of pytest-xdist per core they would take the cores
 # from those they wait for. Read when torch is first imported.
@@ -20,6 +22,11 @@ import torch
 import fused_resnet
 from fused_resnet import _C
 
+if importlib.util.find_spec("hypothesis") is None:
+    import no_hypothesis
+
+    sys.modules["hypothesis"] = no_hypothesis
+
 THREADS = 2
 
 
@@ -32,6 +39,11 @@ def pytest_addoption(parser):
         metavar="LIST",
         help="comma-separated capabilities (gpu, g++, nvcc, triton, ...): a test whose reason to "
         "be skipped names one of them fails; all: every skip is a failure",
+    )
+    group.addoption(
+        "--unpoisoned",
+        action="store_true",
+        help="leave new memory as it is: for tools that watch what is read of it",
     )
 
 
@@ -120,8 +132,11 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
+def poisoned(request):
     """Memory that is allocated and not written reads as NaN, whoever allocates it."""
+    if request.config.getoption("--unpoisoned"):
+        yield
+        return
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

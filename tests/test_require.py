@@ -1,5 +1,6 @@
 """The options of conftest.py: a skip is counted, named and, where it is forbidden, a failure."""
 
+import os
 import subprocess
 import sys
 
@@ -68,3 +69,20 @@ def test_skips(options, expected, tmp_path):
 def test_only_what_is_required_fails(required, outcome, tmp_path):
     counts, printed = run(tmp_path, f"--require={required}")
     assert counts == {"passed": 1, "xfailed": 1, "deselected": 1} | outcome, printed
+
+
+def test_without_hypothesis():
+    """Only the tests that draw their inputs are skipped, and they say why."""
+    code = "import sys; sys.modules['hypothesis'] = None; import pytest; sys.exit(pytest.main())"
+    chosen = ["tests/test_bn_stats.py", "-k", "fuzz or opcheck", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *chosen],
+        cwd=ROOT,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # one is hypothesis's own
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "no hypothesis" in done.stdout
+    assert " passed, 1 skipped" in done.stdout
