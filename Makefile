@@ -21,7 +21,7 @@ BIN := $(shell $(PY) -c "import sysconfig; print(sysconfig.get_path('scripts'))"
 READY := build/ready$(subst /,-,$(PYTHON))
 endif
 
-.PHONY: build demo test test-full test-oldest bench lint format clean
+.PHONY: build demo test test-full test-oldest aot-all bench lint format clean
 
 build: $(READY)
 	$(PY) setup.py -q build_ext --inplace
@@ -39,6 +39,9 @@ test-full: build
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python setup.py -q build_ext --inplace
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+aot-all: build
+	$(PY) tests/aot.py --all-configs --arch 80 86 89 90 100 120 $(ARGS)
 
 bench: build
 	$(PY) -m bench $(ARGS)

@@ -13,6 +13,7 @@ vendor     torch's own convolution with our kernels around it; elsewhere the sam
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -123,9 +124,35 @@ def use_engine(name: str) -> Iterator[None]:
         _wished_last = _wish.get()
 
 
+@functools.cache
+def _triton_why_not() -> str | None:
+    """Load the Triton kernels; why they could not be, or None."""
+    try:
+        from .triton_kernels import ops
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return "triton is not installed"
+    if "cpu" not in ops.DEVICES and not torch.cuda.is_available():
+        return "there is no CUDA device, and tensors on the CPU need TRITON_INTERPRET=1"
+    return None
+
+
+def _triton_why_not_op(op: str, device: str, dtype: torch.dtype) -> str | None:
+    from .triton_kernels import ops
+
+    if op not in ops.IMPLEMENTATIONS:
+        return f"{op} has no Triton kernel in this version"
+    if dtype == torch.float64 and op in ops.NO_FLOAT64:
+        return f"{op} has no Triton kernel for float64"
+    if device == "cpu" and device not in ops.DEVICES:
+        return "tensors on the CPU need TRITON_INTERPRET=1"
+    return None if device in ops.DEVICES else f"there are no kernels for device {device!r}"
+
+
 def unavailable(engine: str) -> str | None:
     """Why ``engine`` can run nothing at all here, or None."""
-    return "it has no kernels in this version" if engine == "triton" else None
+    return _triton_why_not() if engine == "triton" else None
 
 
 def why_not(engine: str, op: str, device: str, dtype: torch.dtype) -> str | None:
@@ -136,6 +163,8 @@ def why_not(engine: str, op: str, device: str, dtype: torch.dtype) -> str | None
         return reason
     if dtype not in DTYPES:
         return f"{op} is for float32, float64, bfloat16 and float16, got {dtype}"
+    if engine == "triton":
+        return _triton_why_not_op(op, device, dtype)
     kernels = LIBRARIES[engine].kernels
     if device not in kernels:
         return f"there are no kernels for device {device!r}"

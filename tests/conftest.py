@@ -2,7 +2,8 @@
 
 A skip is never silent: ``--require`` names what must be there, and a test skipped for want of it
 fails. What a run leaves out on purpose (``slow`` tests without ``--full``, ``gpu`` tests without a
-GPU, large cases of an emulated engine) is deselected instead, and the header says so.
+GPU, large cases and faulty types of an emulated engine) is deselected instead, and the header or
+the summary says so.
 """
 
 import importlib.util
@@ -14,10 +15,15 @@ import sys
 # from those they wait for. Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
+
+# Without a GPU Triton's kernels are interpreted, on the CPU. Read when triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import cases
 import pytest
 import simt_engine
-import torch
 
 import fused_resnet
 from fused_resnet import _C
@@ -28,6 +34,7 @@ if importlib.util.find_spec("hypothesis") is None:
     sys.modules["hypothesis"] = no_hypothesis
 
 THREADS = 2
+FAULTY = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser):
@@ -72,10 +79,11 @@ def left_out(config) -> dict[str, str]:
 
 def pytest_report_header(config):
     markers = ", ".join(f"{name} ({why})" for name, why in left_out(config).items())
+    large = ", ".join(f"{name} above {e.most} elements" for name, e in cases.EMULATED.items())
     return [
         f"fused_resnet: {fused_resnet.__version__}, isa {_C.isa()}, torch {torch.__version__}",
-        f"fused_resnet: left out: {markers or 'nothing'}, emulated above {cases.MOST_WORK} elements"
-        f"; required: {config.getoption('--require') or 'nothing'}",
+        f"fused_resnet: left out: {markers or 'nothing'}, emulated {large}; "
+        f"required: {config.getoption('--require') or 'nothing'}",
     ]
 
 
@@ -85,12 +93,15 @@ def parameters(item) -> dict[str, object]:
 
 def pytest_collection_modifyitems(config, items):
     markers = left_out(config)
+    faulty = [item for item in items if cases.interpreted_wrongly(parameters(item))]
+    config.stash[FAULTY] = len(faulty)
     out = [
         item
         for item in items
         if any(item.get_closest_marker(name) for name in markers)
         or cases.too_slow(parameters(item))
     ]
+    out += faulty
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
@@ -126,7 +137,12 @@ def pytest_make_collect_report(collector):
     return report
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
+    if count := config.stash.get(FAULTY, 0):
+        terminalreporter.write_line(
+            f"left out: {count} tests of bfloat16 on cpu-triton, which Triton's interpreter rounds "
+            "wrongly"
+        )
     for report in terminalreporter.stats.get("skipped", []):
         terminalreporter.write_line(f"SKIPPED {report.nodeid}: {report.longrepr[2]}")
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from cases import DTYPES, ENGINES, ROOT, isas
+from cases import DTYPES, EMULATED, ENGINES, ROOT, isas
 
 from fused_resnet import _C, engines, functional, native, use_engine
 from fused_resnet.engines import EngineError, choose
@@ -32,7 +32,8 @@ CHOICES = {
     ("bn_act", "cpu", torch.int32, "auto", True): (NotImplementedError, "bn_act.*floating.*int32"),
     ("bn_act", "cpu", torch.int32, "native", True): (EngineError, "bn_act.*'native'.*int32"),
     ("bn_act", "xpu", torch.float32, "native", True): (EngineError, "no kernels for device 'xpu'"),
-    ("bn_act", "cpu", torch.float32, "triton", True): (EngineError, "bn_act.*'triton'"),
+    ("bn_act", "cpu", torch.int32, "triton", True): (EngineError, "bn_act.*'triton'.*int32"),
+    ("bn_act", "xpu", torch.float32, "triton", True): (EngineError, "no kernels for device 'xpu'"),
     ("bn_act", "cuda", torch.float32, "native", True): (EngineError, "bn_act.*'native'"),
 }
 
@@ -74,7 +75,7 @@ def test_every_choice_has_an_implementation():
 
 def test_every_engine_there_is_is_tested():
     usable = {name for name in engines.ENGINES if engines.unavailable(name) is None}
-    assert usable == {"auto", *ENGINES}
+    assert usable - set(EMULATED) == {"auto", *ENGINES}
 
 
 def test_native_cuda_says_why_not():
@@ -89,10 +90,27 @@ def test_unknown_name(name):
 
 
 def test_triton_says_why_not():
-    assert engines.unavailable("triton")
-    with pytest.raises(EngineError, match=r"engine 'triton' is not available: \w+"):
-        use_engine("triton").__enter__()
-    assert engines.wish() == "auto"
+    """Neither interpreted, nor a GPU."""
+    code = """
+import pytest, fused_resnet as f
+reason = f.engines.unavailable("triton")
+assert "no CUDA device" in reason and "TRITON_INTERPRET=1" in reason, reason
+with pytest.raises(f.engines.EngineError, match="engine 'triton' is not available: there is no"):
+    f.use_engine("triton").__enter__()
+assert f.engines.wish() == "auto"
+"""
+    done = python(code, **WITHOUT_TRITON)
+    assert done.returncode == 0, done.stderr
+
+
+def test_triton_need_not_be_installed():
+    code = """
+import sys
+sys.modules["triton"] = None
+import fused_resnet as f
+print(f.engines.unavailable("triton"))
+"""
+    assert python(code).stdout.strip() == "triton is not installed"
 
 
 def test_wishes_nest_and_are_restored():
@@ -174,6 +192,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+WITHOUT_TRITON = {"TRITON_INTERPRET": "", "CUDA_VISIBLE_DEVICES": ""}
 RUN = (
     "import torch, fused_resnet as f; print(f.engines.wish(), f.functional.add_act({0}, {0}).sum())"
 )
@@ -195,10 +214,10 @@ def test_environment_variable_that_is_no_engine():
 
 
 def test_environment_variable_that_cannot_be_had():
-    done = python(RUN.format("torch.ones(2)"), FUSED_RESNET_ENGINE="triton")
+    done = python(RUN.format("torch.ones(2)"), FUSED_RESNET_ENGINE="triton", **WITHOUT_TRITON)
     assert done.returncode != 0
     assert "EngineError" in done.stderr
-    assert engines.unavailable("triton") in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr
 
 
 def test_use_engine_comes_before_the_environment():

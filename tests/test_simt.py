@@ -100,9 +100,9 @@ def test_emulator_catches_in_matrix_instructions(drivers, bug):
 
 
 def test_engine_has_the_ops_of_the_cuda_library(simt):
-    assert engines.registered(NAMESPACE, "CPU") == EMULATED["simt"]
+    assert engines.registered(NAMESPACE, "CPU") == EMULATED["simt"].ops
     if native.cuda_why_not is None:
-        assert engines.LIBRARIES["native"].kernels["cuda"] == EMULATED["simt"]
+        assert engines.LIBRARIES["native"].kernels["cuda"] == EMULATED["simt"].ops
 
 
 def test_failure_of_a_kernel_is_raised(simt, monkeypatch):
@@ -121,7 +121,7 @@ def test_kernels_under_sanitizers():
         toolkit.output_of(compiler, f"-print-file-name={name}").strip()
         for name in ("libasan.so", "libstdc++.so")  # ASan looks for what throws when it starts
     ]
-    files = [f"tests/test_{op}.py" for op in sorted(EMULATED["simt"])]
+    files = [f"tests/test_{op}.py" for op in sorted(EMULATED["simt"].ops)]
     options = ["-q", "-k", "simt and test_shapes", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],

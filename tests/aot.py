@@ -1,0 +1,168 @@
+"""Compiles the Triton kernels ahead of time, for GPUs that need not be here, and looks at the code.
+
+    python tests/aot.py --arch 80 90 [--all-configs] [--op bn_act ...]
+
+The ops are called on meta tensors, where ``launch`` records what it would launch: kernels, types,
+constexprs and which arguments divide by 16. A process of its own, because kernels that were loaded
+to be interpreted cannot be compiled. Triton's cache, keyed by the source's hash, is in build/.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from aot_cases import CASES, Case  # noqa: E402
+from fused_resnet.triton_kernels import launch, ops  # noqa: E402
+from test_nvcc import maxima_that_lose_nan  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia import compiler as nvidia  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+#: Bytes of shared memory a block can have.
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+MOST_CONFIGS = 4
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+}
+_OPTIONS = ("num_warps", "num_stages")
+
+
+class Kernel(NamedTuple):
+    """What Triton would specialize a launch to."""
+
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+
+def specialize(this: launch.Launch) -> Kernel:
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(each, (*path, i)) for i, each in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return _POINTERS[value.dtype]
+        if value is None or value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {}
+    arguments = iter((*this.reads, *this.writes, *this.numbers))
+    for i, name in enumerate(this.kernel.arg_names):
+        if name in this.meta:
+            constants[i,] = this.meta[name]
+            signature[name] = "constexpr"
+        else:
+            signature[name] = kind(next(arguments), (i,))
+    unused = [*arguments, *(set(this.meta) - set(signature) - set(_OPTIONS))]
+    if unused:
+        raise SystemExit(f"{this.kernel.fn.__module__}: arguments left over: {unused}")
+    options = {name: this.meta[name] for name in _OPTIONS if name in this.meta}
+    return Kernel(signature, constants, attributes, {**options, **launch.OPTIONS})
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory, where what does not fit in registers goes."""
+    folder = Path(nvidia.__file__).parent / "bin"
+    path = ROOT / "build" / f"aot-{os.getpid()}.cubin"
+    path.write_bytes(cubin)
+    command = [str(folder / "cuobjdump"), "--dump-resource-usage", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    path.unlink()
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def narrow_accesses(ptx: str) -> list[str]:
+    """Global loads and stores of fewer than 16 bytes."""
+    narrow = []
+    for text in re.findall(r"\b(?:ld|st)\.global\.[\w.:]+", ptx):
+        wide = re.search(r"(?:\.v(\d))?\.[bfsu](\d+)$", text)
+        if wide and int(wide[1] or 1) * int(wide[2]) < 128:
+            narrow.append(text)
+    return narrow
+
+
+def dots_of_halves(ttir: str) -> list[int]:
+    """The M of every matrix product of half types."""
+    return [int(m) for m in re.findall(r"tt\.dot .*: tensor<(\d+)x\d+xb?f16>", ttir)]
+
+
+def faults(compiled: Any, arch: int, case: Case) -> Iterator[str]:
+    ptx = compiled.asm["ptx"]
+    if lost := maxima_that_lose_nan(ptx):
+        yield f"loses NaN: {lost}"
+    if case.wide and (narrow := narrow_accesses(ptx)):
+        yield f"moves fewer than 16 bytes: {sorted(set(narrow))}"
+    registers, local = resources(compiled.asm["cubin"])
+    if local:
+        yield f"spills: {local} bytes of local memory, {registers} registers"
+    if compiled.metadata.shared > SHARED[arch]:
+        yield f"needs {compiled.metadata.shared} bytes of shared memory of {SHARED[arch]}"
+    large = any(m >= 64 for m in dots_of_halves(compiled.asm["ttir"]))
+    if arch == 90 and large and "wgmma.mma_async" not in ptx:
+        yield "multiplies matrices without wgmma"
+
+
+def launches(case: Case, arch: int, config: int | None) -> list[launch.Launch]:
+    launch.planned_arch, launch.forced_config = arch, config
+    with launch.recording() as found:
+        ops.IMPLEMENTATIONS[case.op](*case.args)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED))
+    parser.add_argument("--op", nargs="+", default=list(ops.IMPLEMENTATIONS))
+    parser.add_argument("--all-configs", action="store_true")
+    asked = parser.parse_args()
+    if missing := set(ops.IMPLEMENTATIONS) - {case.op for case in CASES}:
+        print(f"no case in aot_cases.py for {', '.join(sorted(missing))}")
+        return 1
+    done, failed = set(), 0
+    configs = range(MOST_CONFIGS) if asked.all_configs else [None]
+    work = [(a, c, i) for a in asked.arch for c in CASES if c.op in asked.op for i in configs]
+    for arch, case, config in work:
+        for this in launches(case, arch, config):
+            kernel = specialize(this)
+            name = f"{this.kernel.fn.__module__.rpartition('.')[2]}.{this.kernel.fn.__name__}"
+            key = repr((arch, name, kernel, case.wide))
+            if key in done:
+                continue
+            done.add(key)
+            source = ASTSource(this.kernel, *kernel[:3])
+            target = GPUTarget("cuda", arch, 32)
+            compiled = triton.compile(source, target=target, options=kernel.options)
+            for fault in faults(compiled, arch, case):
+                failed += 1
+                print(f"sm_{arch}: {case.op}: {name} {this.meta}: {fault}", flush=True)
+    print(f"{len(done)} kernels compiled with Triton {triton.__version__}, {failed} faults")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Triton compiles every kernel for each architecture, without a GPU; tests/aot.py says how."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from cases import ROOT
+
+
+def aot(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: in this one the kernels may have been loaded to be interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton")
+    command = [sys.executable, str(ROOT / "tests" / "aot.py"), *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_every_kernel_compiles_well(arch):
+    done = aot("--arch", arch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) kernels compiled", done.stdout)[1]) > 40

@@ -1,0 +1,128 @@
+"""The one way a kernel is launched, and what can be known of a launch without a GPU.
+
+A kernel's parameters come in a fixed order: the tensors it reads, those it writes, plain numbers,
+then constexprs by name. So each launch says what it reads and writes, and on tensors of the meta
+device, or fake ones, it says nothing else: ``recording`` counts launches and bytes there, and
+``aot`` compiles what it is told ahead of time.
+"""
+
+import contextlib
+import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+#: Whether kernels are interpreted, on CPU tensors: TRITON_INTERPRET=1 when triton was imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+#: Compute capability that kernels are planned for where there is no GPU to ask.
+planned_arch = 90
+
+#: The index of the config to take, of each kernel's, instead of the one picked. For tests.
+forced_config: int | None = None
+if _forced := os.environ.get("FUSED_RESNET_TRITON_CONFIG"):
+    forced_config = int(_forced)
+
+#: Of every kernel: a multiplication and an addition are one instruction, rounded once.
+OPTIONS = {"enable_fp_fusion": True}
+
+# Triton's launcher is not safe against two threads compiling, its interpreter not against two.
+_LOCK = threading.Lock()
+
+
+class Launch(NamedTuple):
+    """What one launch is."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    reads: tuple[Any, ...]  # tensors, None, tuples of tensors
+    writes: tuple[Any, ...]
+    numbers: tuple[Any, ...]
+    meta: dict[str, Any]  # constexprs, num_warps and num_stages
+    finalizes: bool  # it handles what other launches have reduced: no tensor of a layer's size
+
+    def bytes(self) -> int:
+        """How many are moved if every tensor is read or written once."""
+        return sum(t.numel() * t.element_size() for t in _tensors((self.reads, self.writes)))
+
+
+_recorders: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches inside the ``with``, of all threads."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorders.remove(launches)
+
+
+def _tensors(nest: Any) -> Iterator[Tensor]:
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, tuple):
+        for each in nest:
+            yield from _tensors(each)
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    reads: Sequence[Any],
+    writes: Sequence[Any],
+    numbers: Sequence[Any] = (),
+    *,
+    finalizes: bool = False,
+    **meta: Any,
+) -> None:
+    """Run ``kernel(*reads, *writes, *numbers, **meta)`` on the device of what it writes.
+
+    Args:
+        grid: programs in each dimension; nothing happens if one is zero.
+        reads, writes: tensors, None for those left out, tuples of tensors.
+        numbers: integers.
+        finalizes: see :class:`Launch`.
+        meta: constexprs, ``num_warps`` and ``num_stages``.
+    """
+    if 0 in grid:
+        return
+    this = Launch(kernel, tuple(grid), tuple(reads), tuple(writes), tuple(numbers), meta, finalizes)
+    for launches in _recorders:
+        launches.append(this)
+    first = next(_tensors(this.writes))
+    if first.is_meta or isinstance(first, FakeTensor):
+        return
+    guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+    with _LOCK, guard:
+        kernel[this.grid](*this.reads, *this.writes, *this.numbers, **meta, **OPTIONS)
+
+
+def arch(x: Tensor) -> int:
+    """The compute capability kernels for ``x`` are planned for: 90 for 9.0."""
+    if not x.is_cuda or isinstance(x, FakeTensor):
+        return planned_arch
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+Config = TypeVar("Config")
+
+
+def chosen(configs: Sequence[Config], picked: int) -> Config:
+    """``configs[picked]``, or the one that is forced."""
+    index = picked if forced_config is None else min(forced_config, len(configs) - 1)
+    return configs[index]
+
+
+def bits(number: float) -> int:
+    """The bits of a double, to pass one: a float would arrive in fp32. See ``tiles.double``."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
