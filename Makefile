@@ -4,6 +4,9 @@
 PYTHON ?=
 ARGS ?=
 WORKERS ?= 2
+RESULTS ?= bench/results
+DEVICE ?= cuda
+BUDGET ?= 480
 OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 setuptools==81.0.0
 NEWEST_ONLY := torch torchvision triton setuptools cuda- nvidia-
 
@@ -21,7 +24,7 @@ BIN := $(shell $(PY) -c "import sysconfig; print(sysconfig.get_path('scripts'))"
 READY := build/ready$(subst /,-,$(PYTHON))
 endif
 
-.PHONY: build demo test test-full test-oldest aot-all bench lint format clean
+.PHONY: build demo test test-full test-oldest aot-all bench gpu-check lint format clean
 
 build: $(READY)
 	$(PY) setup.py -q build_ext --inplace
@@ -45,6 +48,10 @@ aot-all: build
 
 bench: build
 	$(PY) -m bench $(ARGS)
+
+# On a machine with a GPU, within BUDGET seconds; DEVICE=cpu shows that the script works.
+gpu-check: build
+	$(PY) -m bench.gpu_check --results $(RESULTS) --device $(DEVICE) --budget $(BUDGET) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -1,0 +1,318 @@
+"""python -m bench.gpu_check: everything that needs a GPU, in one go within a time budget.
+
+Correctness first: the tests marked gpu, each file in a process of its own; then compute-sanitizer;
+then the benchmarks. What there was no time for, and what is missing here, is named. RESULTS holds
+gpu-check.json, which is rewritten after every step, a log, and the results of each benchmark.
+``--device cpu`` does the same on the CPU with tiny sizes: it shows that the script works.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import report
+from bench.__main__ import commit
+from fused_resnet import facts
+from fused_resnet.command import positive
+from fused_resnet.measure import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import toolkit  # noqa: E402
+
+PASSED, FAILED, PARTLY, LEFT_OUT = "passed", "FAILED", "partly", "left out"
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+#: What compute-sanitizer exits with when it has found something.
+FOUND = 86
+#: What it says of a device it cannot watch.
+REFUSED = "Device not supported"
+OUTCOME = re.compile(r"^(tests/\S+::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+#: On the CPU: files of tests, with what is taken of them.
+FEW_TESTS = {"tests/test_eltwise_act.py": "test_add_act", "tests/test_device.py": "graph_of or 31"}
+#: Seconds a step must have left to be worth a start.
+LEAST = 10.0
+
+
+class Done(NamedTuple):
+    """What came of a command."""
+
+    code: int | None  #: its exit status; None: it was stopped, its time being over
+    output: str
+
+
+class Outcome(NamedTuple):
+    """What came of a step."""
+
+    status: str
+    why: str = ""
+    facts: dict[str, Any] = {}  # noqa: RUF012, nobody changes it
+
+
+class Step(NamedTuple):
+    name: str
+    limit: float  #: seconds it may take
+    run: Callable[[float], Outcome]  #: given the seconds it has
+
+
+class Check:
+    """A run: where its results go, and what is left of its time."""
+
+    def __init__(self, results: Path, device: str, budget: float, workers: int) -> None:
+        self.results, self.device, self.workers = results, device, workers
+        self.until = time.monotonic() + budget
+        self.gpu = device == "cuda"
+        results.mkdir(parents=True, exist_ok=True)
+        self.log = results / "gpu-check.log"
+        self.log.write_text("")
+        environment = {**facts.environment(), "commit": commit(), "device": device}
+        self.content: dict[str, Any] = {"schema": 1, "command": "gpu-check", "budget": budget}
+        self.content |= {"environment": environment, "steps": []}
+
+    def command(self, words: Sequence[str], seconds: float, **environment: str) -> Done:
+        """Run a command in a group of processes that ends with its time; its output is logged."""
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=max(seconds, 0.0))
+            code: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            code = None
+        with self.log.open("a") as log:
+            log.write(f"$ {' '.join(words)}\n{output}\n[exit status {code}]\n\n")
+        return Done(code, output)
+
+    def step(self, step: Step) -> Outcome:
+        """Run a step in what time it may have, note what came of it, and write that down."""
+        start = time.monotonic()
+        seconds = min(step.limit, self.until - start)
+        if seconds < min(LEAST, step.limit):
+            outcome = Outcome(LEFT_OUT, "no time was left")
+        else:
+            print(f"{step.name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
+            outcome = step.run(seconds)
+        took = round(time.monotonic() - start, 1)
+        row = {"step": step.name, "status": outcome.status, "why": outcome.why, "seconds": took}
+        self.content["steps"].append({**row, **outcome.facts})
+        write_json(self.results / "gpu-check.json", self.content)
+        return outcome
+
+
+# --- Tests. ---
+
+
+def test_files(check: Check, seconds: float) -> list[str]:
+    """The files that have tests for the device."""
+    if not check.gpu:
+        return list(FEW_TESTS)
+    found = check.command([*PYTEST, "--collect-only", "-q", "-m", "gpu", "tests"], seconds)
+    return sorted(set(re.findall(r"^(tests/test_\w+\.py)::", found.output, re.MULTILINE)))
+
+
+PYTEST = (sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider")
+
+
+def run_tests(check: Check, seconds: float) -> Outcome:
+    """Every file in its own process: after an illegal access a process has no GPU any more."""
+    until = time.monotonic() + seconds
+    files = test_files(check, seconds)
+
+    def run(file: str) -> Done:
+        left = until - time.monotonic()
+        chosen = ["-m", "gpu"] if check.gpu else ["-k", FEW_TESTS[file]]
+        if left < LEAST / 2:
+            return Done(None, "")
+        return check.command([*PYTEST, *chosen, file], left)
+
+    with ThreadPoolExecutor(check.workers) as pool:
+        done = dict(zip(files, pool.map(run, files), strict=True))
+    counts: Counter[str] = Counter()
+    failed: list[str] = []
+    unfinished: list[str] = []
+    for file, each in done.items():
+        outcomes = OUTCOME.findall(each.output)
+        counts.update(word.lower() for _, word in outcomes)
+        wrong = [name for name, word in outcomes if word in ("FAILED", "ERROR", "XPASS")]
+        failed += wrong
+        if each.code is None:
+            unfinished.append(f"{file} after {len(outcomes)} tests")
+        elif each.code and not wrong:  # it died, or did not even begin
+            failed.append(f"{file}: exit status {each.code} after {len(outcomes)} tests")
+    kept = {"counts": dict(counts), "failed": failed, "unfinished": unfinished}
+    if not files:
+        return Outcome(FAILED, "there are no tests for the device, or they cannot be imported")
+    if failed:
+        return Outcome(FAILED, f"{len(failed)} failed: {', '.join(failed[:3])}", kept)
+    if unfinished:
+        return Outcome(PARTLY, f"no time for the rest of {', '.join(unfinished)}", kept)
+    return Outcome(PASSED, ", ".join(f"{n} {word}" for word, n in counts.items()), kept)
+
+
+# --- compute-sanitizer. ---
+
+
+def find_sanitizer() -> str | None:
+    try:
+        home = toolkit.find_toolkit(os.environ).home
+    except toolkit.BuildError:
+        return shutil.which("compute-sanitizer")
+    found = shutil.which("compute-sanitizer", path=str(home / "bin"))
+    return found or shutil.which("compute-sanitizer")
+
+
+def sanitize(check: Check, tool: str, seconds: float) -> Outcome:
+    """Our kernels under one of its tools: a call of every op, each with memory of its own."""
+    if not check.gpu:
+        return Outcome(LEFT_OUT, "it watches GPUs only")
+    program = find_sanitizer()
+    if program is None:
+        return Outcome(LEFT_OUT, "there is no compute-sanitizer")
+    watching = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
+    watching += ["--kernel-name", "kns=fused_resnet"]
+    chosen = ["-m", "gpu", "-k", "test_values and native", "--unpoisoned", "tests/test_device.py"]
+    done = check.command([*watching, *PYTEST, *chosen], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return judge_sanitizer(done)
+
+
+def judge_sanitizer(done: Done) -> Outcome:
+    outcomes = OUTCOME.findall(done.output)
+    if REFUSED in done.output:
+        return Outcome(LEFT_OUT, f"it refuses the device: {REFUSED}")
+    if done.code == FOUND:
+        found = re.search(r"^=+ +(ERROR SUMMARY: .*|.*Error.*)$", done.output, re.MULTILINE)
+        return Outcome(FAILED, found[1] if found else "it found errors, see the log")
+    if done.code is None:
+        return Outcome(PARTLY, f"its time was over after {len(outcomes)} ops")
+    if done.code:
+        return Outcome(FAILED, f"exit status {done.code} after {len(outcomes)} ops, see the log")
+    return Outcome(PASSED, f"{len(outcomes)} ops")
+
+
+# --- Benchmarks. ---
+
+
+def measure(check: Check, name: str, seconds: float, *options: str) -> Outcome:
+    """A run of ``python -m bench``, which writes its results after each of its cases."""
+    output = check.results / f"{name}.json"
+    output.unlink(missing_ok=True)
+    words = [sys.executable, "-m", "bench", "--device", check.device, "--output", str(output)]
+    done = check.command([*words, *options], seconds)
+    content = json.loads(output.read_text()) if output.exists() else {"results": []}
+    missing = sorted(
+        {f"{r['variant']}: {r['why_not']}" for r in content["results"] if r["why_not"]}
+    )
+    kept = {"cases": len({r["case"] for r in content["results"]}), "missing": missing}
+    if content["results"]:
+        print(report.markdown(content), flush=True)
+    if done.code == 0:
+        return Outcome(PASSED, "; ".join(missing), kept)
+    if done.code is None:
+        return Outcome(PARTLY, f"its time was over after {kept['cases']} cases", kept)
+    last = (done.output.strip().splitlines() or ["no output"])[-1]
+    return Outcome(FAILED, last[:300], kept)
+
+
+class Plan(NamedTuple):
+    """A run of the benchmark."""
+
+    name: str
+    limit: float  #: seconds it may take
+    cases: tuple[str, ...]
+    batch: int
+    seconds: float  #: to time a network for
+    patience: float  #: seconds a compiler may take
+
+
+MEMORY_BOUND = ("bn_act/*", "bn_act_*/*", "eltwise_act/*", "relu_backward_reduce/*")
+ON_GPU = (
+    Plan("memory-bound", 60, MEMORY_BOUND, 128, 1.5, 1),
+    Plan("inference-b32", 100, ("resnet50/*",), 32, 6, 35),
+    Plan("training-b128", 140, ("train/resnet50/*",), 128, 8, 50),
+    Plan("inference-b1", 100, ("resnet50/*",), 1, 6, 35),
+    Plan("inference-b128", 100, ("resnet50/*",), 128, 6, 35),
+    Plan("training-b256", 140, ("train/resnet50/*",), 256, 8, 50),
+)
+ON_CPU = (
+    Plan("memory-bound", 300, ("*/2048x*x*/*",), 2, 0, 1),
+    Plan("inference", 300, ("resnet18/*",), 2, 0, 1),
+    Plan("training", 300, ("train/resnet18/*",), 2, 0, 1),
+)
+#: On the CPU: what is measured beside eager. Nothing that compiles.
+FEW_VARIANTS = ("fused", "frozen", "native", "triton")
+
+
+def benchmarks(check: Check) -> Iterator[Step]:
+    """What is measured, the most telling first."""
+    few = () if check.gpu else ("--smoke", "--variants", *FEW_VARIANTS)
+    for plan in ON_GPU if check.gpu else ON_CPU:
+        options = ["--select", *plan.cases, "--dtype", "bf16", "--batch", str(plan.batch), *few]
+        options += ["--seconds", str(plan.seconds), "--patience", str(plan.patience)]
+
+        def run(seconds: float, name: str = plan.name, options: list[str] = options) -> Outcome:
+            return measure(check, name, seconds, *options)
+
+        yield Step(plan.name, plan.limit, run)
+
+
+# --- All of it. ---
+
+
+def steps(check: Check) -> Iterator[Step]:
+    yield Step("tests", 200, lambda seconds: run_tests(check, seconds))
+    for tool in SANITIZERS:
+        yield Step(tool, 40, lambda seconds, tool=tool: sanitize(check, tool, seconds))
+    yield from benchmarks(check)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check",
+        description="Tests, compute-sanitizer and benchmarks on a GPU. Exit status 1: something "
+        "failed; what was left out is named and is no failure.",
+    )
+    add = parser.add_argument
+    add("--results", type=Path, required=True, metavar="DIR", help="where they go")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    add("--budget", type=float, default=480, metavar="S", help="seconds in all (default: 480)")
+    add("--steps", nargs="+", default=["*"], metavar="PATTERN",
+        help="only some of them, by name: tests, memcheck, memory-bound, ...")  # fmt: skip
+    add("--workers", type=positive, metavar="N", help="test files at once (default: cores / 2)")
+    args = parser.parse_args(argv)
+    workers = args.workers or max(1, facts.physical_cores() // 2)
+    check = Check(args.results.resolve(), args.device, args.budget, workers)
+    environment = check.content["environment"]
+    if check.gpu and not environment["gpus"]:
+        print("gpu-check: there is no GPU: torch.cuda.is_available() is False", file=sys.stderr)
+        return 1
+    chosen = [s for s in steps(check) if any(fnmatch.fnmatch(s.name, p) for p in args.steps)]
+    outcomes = [(step.name, check.step(step)) for step in chosen]
+    where = f"{environment['gpus'][0]}, driver {environment['driver']}" if check.gpu else "CPU"
+    print(f"{where}, torch {environment['versions']['torch']}, commit {environment['commit']}")
+    for name, outcome in outcomes:
+        print(f"{name:16} {outcome.status:8}  {outcome.why}")
+    print(f"results  {check.results}")
+    return 1 if any(outcome.status == FAILED for _, outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
