@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -100,6 +100,8 @@ def _network_work(name: str, batch: int, dtype: torch.dtype, size: int, device: 
     if device == "cuda":
         several.append(variants.compiled(model, dtype, "max-autotune"))
         several += [graph.replayed(v, inputs[0]) for v in several if v.kind == OURS]
+        fused = variants.fused(model, dtype)
+        several += on_each_engine(fused, device, dtype, engines.INFERENCE_OPS)
     else:
         threads = torch.get_num_threads()
         several.append(peers.onnx_runtime(model, dtype, inputs[0], threads))
@@ -219,6 +221,27 @@ def on_engines(device: str, dtype: torch.dtype, *ops: str) -> dict[str, list[Cal
         for engine in ("native", "triton")
         if all(engines.why_not(engine, op, device, dtype) is None for op in ops)
     }
+
+
+def on_each_engine(
+    v: Variant, device: str, dtype: torch.dtype, ops: Sequence[str]
+) -> list[Variant]:
+    """``v`` on every engine that has kernels of its own for all of ``ops``, which it calls."""
+
+    def wishing(engine: str) -> Variant:
+        def prepare() -> Runner:
+            with engines.use_engine(engine):
+                runner = v.prepare()
+
+            def run(x: Any) -> Any:
+                with engines.use_engine(engine):
+                    return runner.run(x)
+
+            return runner._replace(run=run)
+
+        return replace(v, name=f"{v.name} on {engine}", prepare=prepare)
+
+    return [wishing(engine) for engine in on_engines(device, dtype, *ops)]
 
 
 def op_work(

@@ -251,21 +251,24 @@ ON_GPU = (
     Plan("inference-b1", 100, ("resnet50/*",), 1, 6, 35),
     Plan("inference-b128", 100, ("resnet50/*",), 128, 6, 35),
     Plan("training-b256", 140, ("train/resnet50/*",), 256, 8, 50),
+    Plan("convolutions", 60, ("conv_bn_act/*",), 128, 1.5, 1),
 )
 ON_CPU = (
     Plan("memory-bound", 300, ("*/2048x*x*/*",), 2, 0, 1),
     Plan("inference", 300, ("resnet18/*",), 2, 0, 1),
     Plan("training", 300, ("train/resnet18/*",), 2, 0, 1),
 )
-#: On the CPU: what is measured beside eager. Nothing that compiles.
-FEW_VARIANTS = ("fused", "frozen", "native", "triton")
+#: What is measured beside eager; on the CPU nothing that compiles.
+OURS = ("fused", "fused on *", "frozen*", "vendor", "native", "triton")
+PEERS = ("torch.compile*",)
 
 
 def benchmarks(check: Check) -> Iterator[Step]:
     """What is measured, the most telling first."""
-    few = () if check.gpu else ("--smoke", "--variants", *FEW_VARIANTS)
+    few = PEERS if check.gpu else ("--smoke",)
     for plan in ON_GPU if check.gpu else ON_CPU:
-        options = ["--select", *plan.cases, "--dtype", "bf16", "--batch", str(plan.batch), *few]
+        options = ["--select", *plan.cases, "--dtype", "bf16", "--batch", str(plan.batch)]
+        options += ["--variants", *OURS, *few]
         options += ["--seconds", str(plan.seconds), "--patience", str(plan.patience)]
 
         def run(seconds: float, name: str = plan.name, options: list[str] = options) -> Outcome:

@@ -13,8 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import DTYPES, Case, Work, images, network_flops, seeded_network
-from fused_resnet import checkpoints, fuse
+from bench.cases import (
+    DTYPES,
+    Case,
+    Work,
+    images,
+    network_flops,
+    on_each_engine,
+    seeded_network,
+)
+from fused_resnet import checkpoints, engines, fuse
 from fused_resnet.measure import EAGER, OURS, PEER, Runner, Variant, kept_bytes
 from fused_resnet.plan import MEMORY
 from fused_resnet.variants import LAYOUTS
@@ -94,8 +102,8 @@ def _work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> 
         return Variant(title, kind, prepare)
 
     def facts(title: str) -> dict:
-        if title.startswith(COMPILE):
-            return {}
+        if title not in variant_names(device) or title.startswith(COMPILE):
+            return {}  # compiled code keeps what it likes, and an engine what "fused" keeps
         model, layout = prepared(network, title)
         fed = x.contiguous(memory_format=layout)
         with _autocast(dtype, device):
@@ -105,6 +113,9 @@ def _work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> 
         return {"kept": kept, "growth": growth(name, batch, dtype, title, size)}
 
     several = [variant(title, kind) for title, kind in variant_names(device).items()]
+    if device == "cuda":
+        fused = next(v for v in several if v.name == "fused")
+        several += on_each_engine(fused, device, dtype, engines.OPS)
     # Backward computes as much for the input and for the weight of each convolution.
     flops = 3 * network_flops(name, batch, size)
     return Work(several, [x], gradients(exact), flops, None, facts)

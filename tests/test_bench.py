@@ -6,15 +6,17 @@ import math
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import tolerances
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import __main__ as bench
 from bench import cases, report, training_ops
-from fused_resnet import checkpoints, measure
+from fused_resnet import checkpoints, engines, measure
 from fused_resnet.measure import EAGER, OURS, PEER, Error, Pace, Runner, Spread, Variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,6 +253,54 @@ def test_clock():
     )
     assert samples == {"a": [2.0, 2.0]}
     assert given == [1, 3, 3]
+
+
+class FakeEvent:
+    """A CUDA event on a clock that calls and flushes move."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.mark.parametrize(("cold", "flushed"), [(False, 0), (True, 3)])
+def test_clock_of_a_gpu(cold, flushed, monkeypatch):
+    """What empties the cache between calls is not timed; there is no GPU in this test."""
+    flushes = []
+
+    def zero(t):
+        if t.numel():
+            flushes.append(t.numel())
+            FakeEvent.now += 10
+
+    def call():
+        FakeEvent.now += 1
+
+    properties = types.SimpleNamespace(L2_cache_size=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "zero_", zero)
+    with FakeTensorMode():
+        assert measure.clock("cuda", cold)(call, 3) == pytest.approx(1)
+    assert flushes == [2000] * flushed
+
+
+def test_a_variant_on_each_engine():
+    asked = []
+    v = Variant("fused", OURS, lambda: Runner(lambda x: asked.append(engines.wish()) or x))
+    native, *_ = cases.on_each_engine(v, "cpu", torch.float64, engines.OPS)
+    assert native.name == "fused on native"
+    native.prepare().run(torch.ones(1))
+    assert asked == ["native"]
+    assert engines.wish() == "auto"
 
 
 def test_a_reference_must_be_finite():
