@@ -121,28 +121,26 @@ class Check:
 # --- Tests. ---
 
 
-def test_files(check: Check, seconds: float) -> list[str]:
-    """The files that have tests for the device."""
-    if not check.gpu:
-        return list(FEW_TESTS)
-    found = check.command([*PYTEST, "--collect-only", "-q", "-m", "gpu", "tests"], seconds)
+PYTEST = (sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider")
+
+
+def files_with(check: Check, seconds: float, *chosen: str) -> list[str]:
+    """The files that have any of the tests chosen."""
+    found = check.command([*PYTEST, "--collect-only", "-q", *chosen], seconds)
     return sorted(set(re.findall(r"^(tests/test_\w+\.py)::", found.output, re.MULTILINE)))
-
-
-PYTEST = (sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider")
 
 
 def run_tests(check: Check, seconds: float) -> Outcome:
     """Every file in its own process: after an illegal access a process has no GPU any more."""
     until = time.monotonic() + seconds
-    files = test_files(check, seconds)
+    files = files_with(check, seconds, "-m", "gpu", "tests") if check.gpu else list(FEW_TESTS)
 
     def run(file: str) -> Done:
         left = until - time.monotonic()
         chosen = ["-m", "gpu"] if check.gpu else ["-k", FEW_TESTS[file]]
         if left < LEAST / 2:
             return Done(None, "")
-        return check.command([*PYTEST, *chosen, file], left)
+        return check.command([*PYTEST, "-v", *chosen, file], left)
 
     with ThreadPoolExecutor(check.workers) as pool:
         done = dict(zip(files, pool.map(run, files), strict=True))
@@ -190,8 +188,8 @@ def sanitize(check: Check, tool: str, seconds: float) -> Outcome:
     watching = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
     watching += ["--kernel-name", "kns=fused_resnet"]
     chosen = ["-m", "gpu", "-k", "test_values and native", "--unpoisoned", "tests/test_device.py"]
-    done = check.command([*watching, *PYTEST, *chosen], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return judge_sanitizer(done)
+    command = [*watching, *PYTEST, "-v", *chosen]
+    return judge_sanitizer(check.command(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
 
 def judge_sanitizer(done: Done) -> Outcome:
@@ -283,7 +281,7 @@ def benchmarks(check: Check) -> Iterator[Step]:
 def steps(check: Check) -> Iterator[Step]:
     yield Step("tests", 200, lambda seconds: run_tests(check, seconds))
     for tool in SANITIZERS:
-        yield Step(tool, 40, lambda seconds, tool=tool: sanitize(check, tool, seconds))
+        yield Step(tool, 60, lambda seconds, tool=tool: sanitize(check, tool, seconds))
     yield from benchmarks(check)
 
 

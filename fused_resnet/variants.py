@@ -56,7 +56,8 @@ def compiled(model: nn.Module, dtype: torch.dtype, mode: str = "default") -> Var
                 return program(x)
 
         # Faster than contiguous input, or than weights in channels_last too: inductor packs those.
-        return Runner(run, _runner(model, dtype, torch.channels_last).feed)
+        # What is returned may be memory that the next call writes: it is copied to be read.
+        return Runner(run, _runner(model, dtype, torch.channels_last).feed, Tensor.clone)
 
     return Variant("torch.compile" if mode == "default" else f"torch.compile {mode}", PEER, prepare)
 

@@ -14,6 +14,8 @@ import sys
 # Threads that wait must not spin: with a worker of pytest-xdist per core they would take the cores
 # from those they wait for. Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Without it torch warns that cuBLAS is not deterministic. Read when cuBLAS is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 

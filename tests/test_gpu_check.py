@@ -132,6 +132,12 @@ def test_tests(check, second, status, why):
     assert why in outcome.why
 
 
+def test_files_are_found(check):
+    chosen = ("-k", "test_add_act or test_files_are_found", "tests/test_eltwise_act.py")
+    found = gpu_check.files_with(check, 100, *chosen, "tests/test_gpu_check.py")
+    assert found == ["tests/test_eltwise_act.py", "tests/test_gpu_check.py"]
+
+
 def test_no_tests(check):
     assert gpu_check.run_tests(on_gpu(check, Done(2, "SyntaxError")), 100).status == FAILED
 
