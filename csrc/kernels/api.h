@@ -44,17 +44,22 @@ struct BnActArgs {
   int64_t outer, channels, inner;
 };
 
+// The shape of a pooling. In training, activations are channels_last.
+struct PoolShape {
+  int64_t batch, channels, height, width, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
 // out = max over each window of act(x * scale[c] + shift[c]); padding never wins.
 struct BnActMaxpoolArgs {
   DType dtype;
   Act act;
   bool channels_last;
+  PoolShape shape;
   const void* x;
   const void* scale;
   const void* shift;
   void* out;
-  int64_t batch, channels, height, width, out_height, out_width;
-  int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
 // scale[c] = weight[c] / sqrt(var[c] + eps), shift[c] = bias[c] - mean[c] * scale[c].
@@ -167,12 +172,6 @@ struct BnActGramArgs {
   void* gram;
   void* sum;
   int64_t batch, height, width, channels, stride;
-};
-
-// The shape of a pooling in training, where activations are channels_last.
-struct PoolShape {
-  int64_t batch, channels, height, width, out_height, out_width;
-  int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
 // bn_act_maxpool that keeps where the maximum was: argmax = kh * kernel[1] + kw of the first of the

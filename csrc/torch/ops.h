@@ -152,26 +152,59 @@ std::tuple<Tensor, Tensor> bn_scale_shift(Tensor running_mean, Tensor running_va
   return {scale, shift};
 }
 
-// Output length of a pooling window, as torch.nn.functional.max_pool2d counts it.
-inline int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
-                      int64_t dilation, bool ceil_mode) {
-  const int64_t reach =
-      size + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
-  int64_t out = (reach >= 0 ? reach / stride : (reach - stride + 1) / stride) + 1;
-  // The last window has to begin inside the input or its left padding.
-  if (ceil_mode && (out - 1) * stride >= size + padding) --out;
-  return out;
-}
+// The arguments of a pooling.
+struct Pooling {
+  Ints kernel_size, stride, padding, dilation;
 
-inline void check_pooling(const char* op, const Ints& kernel_size, const Ints& stride,
-                          const Ints& padding, const Ints& dilation) {
-  check_pair(op, "kernel_size", kernel_size, 1);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check_pair(op, "dilation", dilation, 1);
-  FR_CHECK(padding[0] * 2 <= kernel_size[0] && padding[1] * 2 <= kernel_size[1], op,
-           ": padding must be at most half of kernel_size ", text(kernel_size), ", got ",
-           text(padding));
+  void check(const char* op) const {
+    check_pair(op, "kernel_size", kernel_size, 1);
+    check_pair(op, "stride", stride, 1);
+    check_pair(op, "padding", padding, 0);
+    check_pair(op, "dilation", dilation, 1);
+    FR_CHECK(padding[0] * 2 <= kernel_size[0] && padding[1] * 2 <= kernel_size[1], op,
+             ": padding must be at most half of kernel_size ", text(kernel_size), ", got ",
+             text(padding));
+  }
+
+  // Output length of dimension 2 + i of x, as torch.nn.functional.max_pool2d counts it.
+  int64_t length(const Tensor& x, int i, bool ceil_mode) const {
+    const int64_t size = x.size(2 + i);
+    const int64_t reach = size + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1 +
+                          (ceil_mode ? stride[i] - 1 : 0);
+    int64_t out = (reach >= 0 ? reach / stride[i] : (reach - stride[i] + 1) / stride[i]) + 1;
+    // The last window has to begin inside the input or its left padding.
+    if (ceil_mode && (out - 1) * stride[i] >= size + padding[i]) --out;
+    return out;
+  }
+
+  // x [N, C, H, W] pooled to out_height by out_width.
+  PoolShape shape(const Tensor& x, int64_t out_height, int64_t out_width) const {
+    PoolShape s{};
+    s.batch = x.size(0);
+    s.channels = x.size(1);
+    s.height = x.size(2);
+    s.width = x.size(3);
+    s.out_height = out_height;
+    s.out_width = out_width;
+    for (int i = 0; i < 2; ++i) {
+      s.kernel[i] = kernel_size[i];
+      s.stride[i] = stride[i];
+      s.padding[i] = padding[i];
+      s.dilation[i] = dilation[i];
+    }
+    return s;
+  }
+
+  PoolShape forward_shape(const char* op, const Tensor& x, bool ceil_mode) const {
+    const PoolShape s = shape(x, length(x, 0, ceil_mode), length(x, 1, ceil_mode));
+    FR_CHECK(s.out_height > 0 && s.out_width > 0, op, ": kernel_size ", text(kernel_size),
+             " is larger than the padded input ", text(sizes_of(x)));
+    return s;
+  }
+};
+
+inline Ints out_sizes(const PoolShape& s) {
+  return {s.batch, s.channels, s.out_height, s.out_width};
 }
 
 template <class Device>
@@ -179,7 +212,8 @@ Tensor bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, Ints kernel_size, In
                       Ints padding, Ints dilation, bool ceil_mode, std::string act) {
   constexpr const char* kOp = "bn_act_maxpool";
   check_bn_act(kOp, x, scale, shift, std::nullopt);
-  check_pooling(kOp, kernel_size, stride, padding, dilation);
+  const Pooling pooling{kernel_size, stride, padding, dilation};
+  pooling.check(kOp);
   const bool channels_last = suggests_channels_last(x);
   x = in_format(x, channels_last);
   scale = in_order(scale);
@@ -188,24 +222,8 @@ Tensor bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, Ints kernel_size, In
   args.dtype = dtype_of(kOp, "x", x);
   args.act = act_of(kOp, act);
   args.channels_last = channels_last;
-  args.batch = x.size(0);
-  args.channels = x.size(1);
-  args.height = x.size(2);
-  args.width = x.size(3);
-  for (int i = 0; i < 2; ++i) {
-    args.kernel[i] = kernel_size[i];
-    args.stride[i] = stride[i];
-    args.padding[i] = padding[i];
-    args.dilation[i] = dilation[i];
-  }
-  args.out_height =
-      pooled(args.height, kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode);
-  args.out_width =
-      pooled(args.width, kernel_size[1], stride[1], padding[1], dilation[1], ceil_mode);
-  FR_CHECK(args.out_height > 0 && args.out_width > 0, kOp, ": kernel_size ", text(kernel_size),
-           " is larger than the padded input ", text(sizes_of(x)));
-  Tensor out =
-      new_output(x, {args.batch, args.channels, args.out_height, args.out_width}, channels_last);
+  args.shape = pooling.forward_shape(kOp, x, ceil_mode);
+  Tensor out = new_output(x, out_sizes(args.shape), channels_last);
   args.x = x.const_data_ptr();
   args.scale = scale.const_data_ptr();
   args.shift = shift.const_data_ptr();

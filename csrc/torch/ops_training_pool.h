@@ -5,64 +5,38 @@
 
 namespace fused_resnet::glue {
 
-struct Pooling {
-  Ints kernel_size, stride, padding, dilation;
+inline void check_positions(const char* op, const Ints& kernel_size) {
+  FR_CHECK(kernel_size[0] <= 255 && kernel_size[1] <= 255 && kernel_size[0] * kernel_size[1] <= 255,
+           op, ": kernel_size must have at most 255 positions, got ", text(kernel_size));
+}
 
-  // x [N, C, H, W] pooled to out_height by out_width.
-  PoolShape shape(const Tensor& x, int64_t out_height, int64_t out_width) const {
-    PoolShape s{};
-    s.batch = x.size(0);
-    s.channels = x.size(1);
-    s.height = x.size(2);
-    s.width = x.size(3);
-    s.out_height = out_height;
-    s.out_width = out_width;
-    for (int i = 0; i < 2; ++i) {
-      s.kernel[i] = kernel_size[i];
-      s.stride[i] = stride[i];
-      s.padding[i] = padding[i];
-      s.dilation[i] = dilation[i];
-    }
-    return s;
+// The shape that grad, out and argmax have to fit.
+inline PoolShape backward_shape(const char* op, const Pooling& pooling, const Tensor& x,
+                                Tensor& grad, Tensor& out, Tensor& argmax) {
+  pooling.check(op);
+  check_positions(op, pooling.kernel_size);
+  check_dim(op, "x", x, 4);
+  check_dim(op, "grad", grad, 4);
+  for (int i = 0; i < 2; ++i) {
+    const int64_t least = pooling.length(x, i, false), most = pooling.length(x, i, true);
+    FR_CHECK(grad.size(2 + i) == least || grad.size(2 + i) == most, op, ": grad must have ", least,
+             " or ", most, " positions in dimension ", 2 + i, ", got ", grad.size(2 + i));
   }
-
-  void check(const char* op) const {
-    check_pooling(op, kernel_size, stride, padding, dilation);
-    FR_CHECK(
-        kernel_size[0] <= 255 && kernel_size[1] <= 255 && kernel_size[0] * kernel_size[1] <= 255,
-        op, ": kernel_size must have at most 255 positions, got ", text(kernel_size));
-  }
-
-  int64_t length(const Tensor& x, int i, bool ceil_mode) const {
-    return pooled(x.size(2 + i), kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode);
-  }
-
-  // The shape that grad, out and argmax have to fit.
-  PoolShape backward_shape(const char* op, const Tensor& x, Tensor& grad, Tensor& out,
-                           Tensor& argmax) const {
-    check(op);
-    check_dim(op, "x", x, 4);
-    check_dim(op, "grad", grad, 4);
-    for (int i = 0; i < 2; ++i) {
-      const int64_t least = length(x, i, false), most = length(x, i, true);
-      FR_CHECK(grad.size(2 + i) == least || grad.size(2 + i) == most, op, ": grad must have ",
-               least, " or ", most, " positions in dimension ", 2 + i, ", got ", grad.size(2 + i));
-    }
-    const Ints sizes = {x.size(0), x.size(1), grad.size(2), grad.size(3)};
-    check_like(op, "grad", grad, x);
-    check_sizes(op, "grad", grad, sizes);
-    check_like(op, "out", out, x);
-    check_sizes(op, "out", out, sizes);
-    FR_CHECK(argmax.scalar_type() == ScalarType::Byte, op, ": argmax must be uint8");
-    FR_CHECK(argmax.is_cpu() == x.is_cpu() && argmax.get_device() == x.get_device(), op,
-             ": argmax must be on the device of x");
-    check_sizes(op, "argmax", argmax, sizes);
-    grad = in_format(grad, true);
-    out = in_format(out, true);
-    argmax = in_format(argmax, true);
-    return shape(x, sizes[2], sizes[3]);
-  }
-};
+  const PoolShape shape = pooling.shape(x, grad.size(2), grad.size(3));
+  const Ints sizes = out_sizes(shape);
+  check_like(op, "grad", grad, x);
+  check_sizes(op, "grad", grad, sizes);
+  check_like(op, "out", out, x);
+  check_sizes(op, "out", out, sizes);
+  FR_CHECK(argmax.scalar_type() == ScalarType::Byte, op, ": argmax must be uint8");
+  FR_CHECK(argmax.is_cpu() == x.is_cpu() && argmax.get_device() == x.get_device(), op,
+           ": argmax must be on the device of x");
+  check_sizes(op, "argmax", argmax, sizes);
+  grad = in_format(grad, true);
+  out = in_format(out, true);
+  argmax = in_format(argmax, true);
+  return shape;
+}
 
 inline Tensor new_image(const Tensor& like, const Ints& sizes, ScalarType type) {
   return torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt,
@@ -82,21 +56,18 @@ std::tuple<Tensor, Tensor> bn_act_maxpool_train(Tensor x, Tensor scale, Tensor s
   check_bn_act(kOp, x, scale, shift, std::nullopt);
   const Pooling pooling{kernel_size, stride, padding, dilation};
   pooling.check(kOp);
+  check_positions(kOp, kernel_size);
   const bool channels_last = suggests_channels_last(x);
-  const int64_t out_height = pooling.length(x, 0, ceil_mode);
-  const int64_t out_width = pooling.length(x, 1, ceil_mode);
-  FR_CHECK(out_height > 0 && out_width > 0, kOp, ": kernel_size ", text(kernel_size),
-           " is larger than the padded input ", text(sizes_of(x)));
+  const PoolShape shape = pooling.forward_shape(kOp, x, ceil_mode);
   x = in_format(x, true);
   scale = in_order(scale);
   shift = in_order(shift);
-  const Ints sizes = {x.size(0), x.size(1), out_height, out_width};
-  Tensor out = new_image(x, sizes, x.scalar_type());
-  Tensor argmax = new_image(x, sizes, ScalarType::Byte);
+  Tensor out = new_image(x, out_sizes(shape), x.scalar_type());
+  Tensor argmax = new_image(x, out_sizes(shape), ScalarType::Byte);
   BnActMaxpoolTrainArgs args{};
   args.dtype = dtype_of(kOp, "x", x);
   args.act = act_of(kOp, act);
-  args.shape = pooling.shape(x, out_height, out_width);
+  args.shape = shape;
   args.x = x.const_data_ptr();
   args.scale = scale.const_data_ptr();
   args.shift = shift.const_data_ptr();
@@ -117,7 +88,7 @@ std::tuple<Tensor, Tensor> bn_act_maxpool_backward_reduce(Tensor grad, Tensor ou
   args.dtype = dtype_of(kOp, "x", x);
   args.act = act_of(kOp, act);
   args.shape =
-      Pooling{kernel_size, stride, padding, dilation}.backward_shape(kOp, x, grad, out, argmax);
+      backward_shape(kOp, Pooling{kernel_size, stride, padding, dilation}, x, grad, out, argmax);
   mean = channel_vector(kOp, "mean", mean, x);
   invstd = channel_vector(kOp, "invstd", invstd, x);
   x = in_format(x, true);
@@ -144,7 +115,7 @@ Tensor bn_act_maxpool_backward(Tensor grad, Tensor out, Tensor argmax, Tensor x,
   args.dtype = dtype_of(kOp, "x", x);
   args.act = act_of(kOp, act);
   args.shape =
-      Pooling{kernel_size, stride, padding, dilation}.backward_shape(kOp, x, grad, out, argmax);
+      backward_shape(kOp, Pooling{kernel_size, stride, padding, dilation}, x, grad, out, argmax);
   scale = channel_vector(kOp, "scale", scale, x);
   BatchSumsTensors batch{mean, invstd, sum_g, sum_gx, count};
   args.batch = batch.describe(kOp, x, x);

@@ -84,26 +84,27 @@ void check_scale_shift_type() {
     }
 }
 
-struct Window {
+struct Geometry {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
 template <class T>
 void check_maxpool_one(bool channels_last, int64_t channels, int64_t height, int64_t width,
-                       const Window& window, Act act) {
+                       const Geometry& window, Act act) {
   fused_resnet::BnActMaxpoolArgs args{};
+  fused_resnet::PoolShape& shape = args.shape;
   auto length = [&](int64_t n, int i) {
     return (n + 2 * window.padding[i] - window.dilation[i] * (window.kernel[i] - 1) - 1) /
                window.stride[i] +
            1;
   };
-  args.batch = 2;
-  args.channels = channels;
-  args.height = height;
-  args.width = width;
-  args.out_height = length(height, 0);
-  args.out_width = length(width, 1);
-  Array<T> x(2 * channels * height * width), out(2 * channels * args.out_height * args.out_width);
+  shape.batch = 2;
+  shape.channels = channels;
+  shape.height = height;
+  shape.width = width;
+  shape.out_height = length(height, 0);
+  shape.out_width = length(width, 1);
+  Array<T> x(2 * channels * height * width), out(2 * channels * shape.out_height * shape.out_width);
   Array<Acc<T>> scale(channels), shift(channels);
   x.fill();
   scale.fill();
@@ -116,10 +117,10 @@ void check_maxpool_one(bool channels_last, int64_t channels, int64_t height, int
   args.shift = shift.data();
   args.out = out.data();
   for (int i = 0; i < 2; ++i) {
-    args.kernel[i] = window.kernel[i];
-    args.stride[i] = window.stride[i];
-    args.padding[i] = window.padding[i];
-    args.dilation[i] = window.dilation[i];
+    shape.kernel[i] = window.kernel[i];
+    shape.stride[i] = window.stride[i];
+    shape.padding[i] = window.padding[i];
+    shape.dilation[i] = window.dilation[i];
   }
   expect(kernels::bn_act_maxpool(args, pool(3)) == Status::ok, "bn_act_maxpool");
   auto index = [&](int64_t n, int64_t c, int64_t h, int64_t w, int64_t rows, int64_t columns) {
@@ -128,8 +129,8 @@ void check_maxpool_one(bool channels_last, int64_t channels, int64_t height, int
   };
   for (int64_t n = 0; n < 2; ++n)
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t oh = 0; oh < args.out_height; ++oh)
-        for (int64_t ow = 0; ow < args.out_width; ++ow) {
+      for (int64_t oh = 0; oh < shape.out_height; ++oh)
+        for (int64_t ow = 0; ow < shape.out_width; ++ow) {
           double best = -INFINITY, magnitude = 0;
           for (int64_t kh = 0; kh < window.kernel[0]; ++kh)
             for (int64_t kw = 0; kw < window.kernel[1]; ++kw) {
@@ -140,14 +141,14 @@ void check_maxpool_one(bool channels_last, int64_t channels, int64_t height, int
               best = std::max(best, activate(product + shift.at(c), act));
               magnitude = std::max(magnitude, std::fabs(product) + std::fabs(shift.at(c)));
             }
-          expect_near<T>(out.at(index(n, c, oh, ow, args.out_height, args.out_width)), best,
+          expect_near<T>(out.at(index(n, c, oh, ow, shape.out_height, shape.out_width)), best,
                          magnitude, 2, "bn_act_maxpool");
         }
 }
 
 template <class T>
 void check_maxpool_type() {
-  const Window stem{{3, 3}, {2, 2}, {1, 1}, {1, 1}};
+  const Geometry stem{{3, 3}, {2, 2}, {1, 1}, {1, 1}};
   for (int64_t n : lengths<T>()) {
     check_maxpool_one<T>(true, n, 7, 6, stem, Act::relu);
     check_maxpool_one<T>(false, 2, 5, n, stem, Act::relu);

@@ -16,13 +16,12 @@ Status bn_act_maxpool_train(const BnActMaxpoolTrainArgs& args, const Pool& pool)
         const Vec<A> a = load(scale + c, lanes), b = load(shift + c, lanes);
         Vec<A> best = splat(static_cast<A>(-__builtin_inf()));
         Vec<A> index = splat(static_cast<A>(rows.first * s.kernel[1] + cols.first));
-        int64_t kh = rows.first;
-        for (int64_t h = rows.begin; h < rows.end; h += s.dilation[0], ++kh) {
-          int64_t at = kh * s.kernel[1] + cols.first;
-          for (int64_t w = cols.begin; w < cols.end; w += s.dilation[1], ++at) {
+        for (int64_t kh = rows.first; kh < rows.last; ++kh) {
+          for (int64_t kw = cols.first; kw < cols.last; ++kw) {
+            const int64_t h = rows.begin + kh * s.dilation[0], w = cols.begin + kw * s.dilation[1];
             const Vec<A> x = load(image + (h * s.width + w) * s.channels + c, lanes);
             const Vec<A> y = math::activate(math::scale_shift(x, a, b), args.act);
-            const Vec<A> here = splat(static_cast<A>(at));
+            const Vec<A> here = splat(static_cast<A>(kh * s.kernel[1] + kw));
             index = y > best ? here : index;
             best = y > best ? y : best;
             index = y != y ? here : index;
@@ -38,11 +37,9 @@ Status bn_act_maxpool_train(const BnActMaxpoolTrainArgs& args, const Pool& pool)
         const int64_t oh = row % s.out_height;
         const T* image =
             static_cast<const T*>(args.x) + row / s.out_height * s.height * s.width * s.channels;
-        const Window rows =
-            window(oh, s.stride[0], s.padding[0], s.kernel[0], s.dilation[0], s.height);
+        const Window rows = window(s, 0, oh);
         for (int64_t ow = 0; ow < s.out_width; ++ow)
-          pixel(image, (row * s.out_width + ow) * s.channels, rows,
-                window(ow, s.stride[1], s.padding[1], s.kernel[1], s.dilation[1], s.width));
+          pixel(image, (row * s.out_width + ow) * s.channels, rows, window(s, 1, ow));
       }
     });
     return Status::ok;

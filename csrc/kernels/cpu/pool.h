@@ -1,22 +1,10 @@
 // What the poolings share.
 #pragma once
 
+#include "../windows.h"
 #include "channels.h"
 
 FR_NAMESPACE_BEGIN
-
-struct Window {
-  int64_t begin, end;  // of input positions, in steps of the dilation
-  int64_t first;       // the kernel position at `begin`
-};
-
-FR_VEC Window window(int64_t out, int64_t stride, int64_t padding, int64_t kernel, int64_t dilation,
-                     int64_t size) {
-  int64_t begin = out * stride - padding;
-  const int64_t last = begin + (kernel - 1) * dilation + 1;
-  const int64_t first = begin < 0 ? (-begin + dilation - 1) / dilation : 0;
-  return {begin + first * dilation, last < size ? last : size, first};
-}
 
 // Positions in a window are held as bytes and compared as numbers of the accumulation type.
 template <class A>
