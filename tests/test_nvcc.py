@@ -23,6 +23,7 @@ class Usage(NamedTuple):
 # What the kernels of each file may use. With 64 registers 1024 threads fit on a multiprocessor.
 BUDGET = {
     "eltwise_act": Usage(registers=64, shared=0),
+    "eltwise_act_backward": Usage(registers=64, shared=0),
 }
 
 PLANTED = """

@@ -37,6 +37,26 @@ FR_INLINE V maximum(V a, V b) {
   return a != a ? a : larger;
 }
 
+#if defined(__CUDACC__)
+__device__ __forceinline__ float maximum(float a, float b) {  // the same in one instruction
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+#endif
+
+// What maximum(a, b) passes on of its result's gradient g: all of it to the larger, half to each of
+// equals and, as torch has it, all to each where one is NaN.
+template <class V>
+struct Shares {
+  V first, second;
+};
+template <class V>
+FR_INLINE Shares<V> maximum_backward(V a, V b, V g) {
+  const V share = a == b ? g / 2 : g;
+  return {a < b ? V{} : share, a > b ? V{} : share};
+}
+
 FR_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 FR_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 

@@ -43,6 +43,7 @@ class CudaEngine {
 template <class Device>
 void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("eltwise_act", TORCH_BOX(&eltwise_act<Device>));
+  library.impl("eltwise_act_backward", TORCH_BOX(&eltwise_act_backward<Device>));
 }
 
 }  // namespace fused_resnet::glue

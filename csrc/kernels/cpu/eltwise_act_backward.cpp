@@ -30,14 +30,13 @@ void backward(const EltwiseActBackwardArgs& args, const Pool& pool) {
           put(k, d);
         }
       } else {
-        // From the last maximum of two back to the first; a NaN is neither less nor greater.
+        // From the last maximum of two back to the first.
         for (int k = args.count - 1; k > 0; --k) {
           Vec<A> first = input(0, at, lanes);
           for (int j = 1; j < k; ++j) first = math::maximum(first, input(j, at, lanes));
-          const Vec<A> second = input(k, at, lanes);
-          const Vec<A> share = first == second ? g * splat(A(0.5)) : g;
-          put(k, first > second ? Vec<A>{} : share);
-          g = first < second ? Vec<A>{} : share;
+          const auto shares = math::maximum_backward(first, input(k, at, lanes), g);
+          put(k, shares.second);
+          g = shares.first;
         }
         put(0, g);
       }

@@ -57,6 +57,37 @@ __device__ __forceinline__ void store(T* p, const Vector<T, n>& v) {
   *reinterpret_cast<Vector<T, n>*>(p) = v;
 }
 
+// n adjacent elements in the type they are computed in.
+template <class A, int n>
+struct Wide {
+  A at[n];
+};
+
+// f(j) for each of n lanes j.
+template <int n, class F>
+__device__ __forceinline__ auto each(const F& f) {
+  Wide<decltype(f(0)), n> result;
+#pragma unroll
+  for (int j = 0; j < n; ++j) result.at[j] = f(j);
+  return result;
+}
+
+template <int n, class T>
+__device__ __forceinline__ Wide<Acc<T>, n> widen(const Vector<T, n>& v) {
+  return each<n>([&](int j) { return widen(v.at[j]); });
+}
+template <int n, class T>
+__device__ __forceinline__ Wide<Acc<T>, n> load_wide(const T* p) {
+  return widen(load<n>(p));
+}
+template <class T, int n>
+__device__ __forceinline__ void store_narrow(T* p, const Wide<Acc<T>, n>& v) {
+  Vector<T, n> narrowed;
+#pragma unroll
+  for (int j = 0; j < n; ++j) narrowed.at[j] = narrow<T>(v.at[j]);
+  store<n>(p, narrowed);
+}
+
 inline bool vector_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
 }
