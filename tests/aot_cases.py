@@ -39,6 +39,20 @@ for dtype, layout in itertools.product(DTYPES, LAYOUTS):
     c = vector(64, dtype)
     add("bn_act", x, c, c, x, "relu", wide=last)
     add("bn_act_", x, c, c, None, "none", wide=last)
+    add("bn_stats", x, wide=last)
+    batch = (c, c, c, c, 100352.0)
+    for mask, act in ((x, "relu"), (None, "relu"), (None, "none")):
+        add("bn_act_backward_reduce", x, x, mask, c, c, c, c, act, wide=last)
+        add("bn_act_backward", x, x, mask, c, c, *batch, act, wide=last)
+    add("bn_act_backward_", x, None, x, c, c, *[None] * 4, 0.0, "relu", wide=last)
+    add("relu_backward_reduce", x, x, wide=last)
+    pooled = image(32, 64, 28, 28, dtype=dtype, layout=layout)
+    argmax = torch.empty_like(pooled, dtype=torch.uint8)
+    pool = ([3, 3], [2, 2], [1, 1], [1, 1])
+    for op in ("bn_act_maxpool", "bn_act_maxpool_train"):
+        add(op, x, c, c, *pool, False, "relu")
+    add("bn_act_maxpool_backward_reduce", pooled, pooled, argmax, x, c, c, *pool, "relu")
+    add("bn_act_maxpool_backward", pooled, pooled, argmax, x, c, *batch, *pool, "relu")
     # Channels that divide by 8 and not by 16, pixels that divide by nothing.
     ragged = image(3, 24, 7, 7, dtype=dtype, layout=layout)
     add("bn_act", ragged, *[vector(24, dtype)] * 2, None, "relu", wide=last)
@@ -50,3 +64,9 @@ for dtype in DTYPES:
     stored = torch.empty(64, dtype=dtype, device="meta")
     add("bn_scale_shift", *[stored] * 4, 1e-5)
     add("bn_scale_shift", stored, stored, None, None, 1e-5)
+    many = [x] * 3
+    for op, coeff in (("sum", [1.0, 0.5, 2.0]), ("prod", None), ("max", None)):
+        add("eltwise_act_backward", x, many, x, op, coeff, "relu", wide=True)
+    c = vector(64, dtype)
+    add("bn_finalize", c, c, 100.0, stored.to(c.dtype), c, stored, stored, 0.1, 1e-5)
+    add("bn_finalize", c, c, 100.0, None, None, None, None, 0.1, 1e-5)

@@ -49,7 +49,7 @@ class Launch(NamedTuple):
 
     def bytes(self) -> int:
         """How many are moved if every tensor is read or written once."""
-        return sum(t.numel() * t.element_size() for t in _tensors((self.reads, self.writes)))
+        return sum(t.numel() * t.element_size() for t in tensors_in((self.reads, self.writes)))
 
 
 _recorders: list[list[Launch]] = []
@@ -66,12 +66,12 @@ def recording() -> Iterator[list[Launch]]:
         _recorders.remove(launches)
 
 
-def _tensors(nest: Any) -> Iterator[Tensor]:
+def tensors_in(nest: Any) -> Iterator[Tensor]:
     if isinstance(nest, Tensor):
         yield nest
     elif isinstance(nest, tuple):
         for each in nest:
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
 def launch(
@@ -98,7 +98,7 @@ def launch(
     this = Launch(kernel, tuple(grid), tuple(reads), tuple(writes), tuple(numbers), meta, finalizes)
     for launches in _recorders:
         launches.append(this)
-    first = next(_tensors(this.writes))
+    first = next(tensors_in(this.writes))
     if first.is_meta or isinstance(first, FakeTensor):
         return
     guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()

@@ -7,15 +7,36 @@ from typing import Any
 import torch
 
 from .bn_act import bn_act, bn_act_
+from .bn_act_backward import bn_act_backward, bn_act_backward_
+from .bn_act_backward_reduce import bn_act_backward_reduce
+from .bn_act_maxpool import bn_act_maxpool
+from .bn_act_maxpool_backward import bn_act_maxpool_backward
+from .bn_act_maxpool_backward_reduce import bn_act_maxpool_backward_reduce
+from .bn_act_maxpool_train import bn_act_maxpool_train
+from .bn_finalize import bn_finalize
 from .bn_scale_shift import bn_scale_shift
+from .bn_stats import bn_stats
 from .eltwise_act import eltwise_act
+from .eltwise_act_backward import eltwise_act_backward
 from .launch import INTERPRETED
+from .relu_backward_reduce import relu_backward_reduce
 
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     bn_act,
     bn_act_,
+    bn_act_backward,
+    bn_act_backward_,
+    bn_act_backward_reduce,
+    bn_act_maxpool,
+    bn_act_maxpool_backward,
+    bn_act_maxpool_backward_reduce,
+    bn_act_maxpool_train,
+    bn_finalize,
     bn_scale_shift,
+    bn_stats,
     eltwise_act,
+    eltwise_act_backward,
+    relu_backward_reduce,
 )
 
 #: By op. Called on meta or fake tensors they allocate and record launches, see ``launch``.
