@@ -17,6 +17,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -86,9 +87,16 @@ struct Copy {  // asynchronous: `bytes` from `from`, and zeros up to 16
   int group;
 };
 
+// What runs on a stack of its own: a fiber, or the scheduler.
+struct Context {
+  ucontext_t entry;  // where it begins
+  jmp_buf left;      // and where it was left, since swapcontext costs two calls of the system
+  bool begun = false;
+};
+
 struct Fiber {
   enum { ready, waiting, done } state;
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* fake_stack;  // ASan's
   uint3 thread;
@@ -107,7 +115,7 @@ inline int threads, current;
 inline int arrived;                 // at the block's barrier
 inline std::exception_ptr failure;  // of a fiber; the others are abandoned where they are
 inline std::function<void()> body;
-inline ucontext_t scheduler;
+inline Context scheduler;
 inline const void* scheduler_stack;
 inline size_t scheduler_stack_bytes;
 inline std::map<const void*, Memory> shared;  // by declaration
@@ -137,26 +145,39 @@ inline std::string name(const Place& place) {
   fail(why);
 }
 
+inline __attribute__((noinline)) void switch_context(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)  // which takes a jump for the end of a stack's frames
+  from.begun = true;
+  swapcontext(&from.entry, &to.entry);
+#else
+  if (_setjmp(from.left)) return;
+  from.begun = true;
+  if (to.begun) _longjmp(to.left, 1);
+  setcontext(&to.entry);
+#endif
+}
+
 // Back to the scheduler until it resumes this fiber.
 inline void yield() {
   Fiber& self = fibers[current];
-  bool last = self.state == Fiber::done;
-  __sanitizer_start_switch_fiber(last ? nullptr : &self.fake_stack, scheduler_stack,
-                                 scheduler_stack_bytes);
-  swapcontext(&self.context, &scheduler);
+  __sanitizer_start_switch_fiber(&self.fake_stack, scheduler_stack, scheduler_stack_bytes);
+  switch_context(self.context, scheduler);
   __sanitizer_finish_switch_fiber(self.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 }
 
+// A fiber runs one thread after the other.
 inline void enter() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-  try {
-    body();
-    if (!fibers[current].copies.empty()) fail("a thread ends before its copies have landed");
-  } catch (...) {  // an exception cannot leave a fiber
-    failure = std::current_exception();
+  for (;;) {
+    try {
+      body();
+      if (!fibers[current].copies.empty()) fail("a thread ends before its copies have landed");
+    } catch (...) {  // an exception cannot leave a fiber
+      failure = std::current_exception();
+    }
+    fibers[current].state = Fiber::done;
+    yield();
   }
-  fibers[current].state = Fiber::done;
-  yield();
 }
 
 inline void resume(int next) {
@@ -164,7 +185,7 @@ inline void resume(int next) {
   threadIdx = fibers[next].thread;
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, fibers[next].stack.get(), kStackBytes);
-  swapcontext(&scheduler, &fibers[next].context);
+  switch_context(scheduler, fibers[next].context);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
@@ -255,23 +276,22 @@ inline void wait_for_copies(int left) {
 
 // The ready fiber to run next, or -1.
 inline int pick() {
-  static std::vector<int> all, warp;  // all that are ready, and those of the warp that ran last
-  all.clear();
-  warp.clear();
-  for (int i = 0; i < threads; ++i) {
-    if (fibers[i].state != Fiber::ready) continue;
-    all.push_back(i);
-    if (i / kWarp == current / kWarp) warp.push_back(i);
+  auto first_ready = [](int count, const auto& fiber_at) {
+    for (int i = 0; i < count; ++i)
+      if (fibers[fiber_at(i)].state == Fiber::ready) return fiber_at(i);
+    return -1;
+  };
+  if (order == Order::first_ahead) return first_ready(threads, [](int i) { return i; });
+  if (order == Order::last_ahead)
+    return first_ready(threads, [](int i) { return threads - 1 - i; });
+  const int warp = current / kWarp * kWarp, lanes = std::min(kWarp, threads - warp);
+  if (order == Order::random && generator() % 8) {
+    const int any = generator() % lanes;
+    const int next = first_ready(lanes, [&](int i) { return warp + (any + i) % lanes; });
+    if (next >= 0) return next;
   }
-  if (all.empty()) return -1;
-  if (order == Order::first_ahead) return all.front();
-  if (order == Order::last_ahead) return all.back();
-  if (order == Order::round_robin) {
-    auto next = std::upper_bound(all.begin(), all.end(), current);
-    return next == all.end() ? all.front() : *next;
-  }
-  const std::vector<int>& from = warp.empty() || generator() % 8 == 0 ? all : warp;
-  return from[generator() % from.size()];
+  const int start = order == Order::random ? generator() % threads : current + 1;
+  return first_ready(threads, [&](int i) { return (start + i) % threads; });
 }
 
 inline Memory allocate(size_t bytes) {
@@ -285,10 +305,12 @@ inline void run_block(size_t shared_bytes) {
   dynamic_shared = allocate(shared_bytes);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    makecontext(&fiber.context, enter, 0);
+    if (!fiber.context.begun) {
+      getcontext(&fiber.context.entry);
+      fiber.context.entry.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.entry.uc_stack.ss_size = kStackBytes;
+      makecontext(&fiber.context.entry, enter, 0);
+    }
     fiber.state = Fiber::ready;
     fiber.groups = 0;
     fiber.copies.clear();
@@ -315,9 +337,14 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, void* /*stream*/,
   std::iota(blocks.begin(), blocks.end(), 0);
   if (order == Order::last_ahead) std::reverse(blocks.begin(), blocks.end());
   if (order == Order::random) std::shuffle(blocks.begin(), blocks.end(), generator);
-  for (unsigned b : blocks) {
-    blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-    run_block(shared_bytes);
+  try {
+    for (unsigned b : blocks) {
+      blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+      run_block(shared_bytes);
+    }
+  } catch (...) {  // the fibers stay in the middle of what they did
+    for (Fiber& fiber : fibers) fiber.context.begun = false;
+    throw;
   }
 }
 
