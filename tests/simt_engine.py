@@ -92,7 +92,7 @@ def ninja_lines(compiler: str, folder: str, build: list[str]) -> list[str]:
         "library": [*build, "-shared", f"-L{path}/lib", "-ltorch_cpu"],
     }
     lines = [f"{name} = {' '.join(words)}" for name, words in flags.items()]
-    lines += [f"cxx = {compiler}", *RULES.splitlines()]
+    lines += [f"builddir = {folder}", f"cxx = {compiler}", *RULES.splitlines()]
 
     def edge(out: str, rule: str, inputs: list[str], flags: str) -> str:
         lines.extend([f"build {folder}/{out}: {rule} {' '.join(inputs)}", f"  flags = {flags}"])
