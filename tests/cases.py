@@ -129,6 +129,23 @@ ROWS = sorted({*TILE["kRows"], *TILE["kWideRows"]})
 PANELS = sorted({vecs * lanes for vecs in TILE["kMaxVecs"] for lanes in (8, 16)})
 
 
+def _split_shapes() -> list[tuple[int, ...]]:
+    """Shapes of which a block of the CUDA kernels does not reach a whole channel: rows of single
+    channels and of vectors of them, single pixels, images of vectors."""
+    threads, line, vectors, walk = (
+        CUDA_TILE[name][0] for name in ("kThreads", "kLineElements", "kLineVectors", "kLongestWalk")
+    )
+    return [
+        (1, line - 1, 1, threads // line * walk + 1),
+        (2, 8 * vectors, 1, threads // vectors * walk // 2 + 1),
+        (1, 2, 1, threads * walk + 1),
+        (walk + 1, 2, 4, 4),
+    ]
+
+
+SPLIT_SHAPES = _split_shapes()
+
+
 def around(*tiles: int) -> list[int]:
     """Just below, at and above each tile size and its double, and one."""
     near = {n + d for tile in tiles for n in (tile, 2 * tile) for d in (-1, 0, 1)}

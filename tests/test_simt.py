@@ -75,6 +75,10 @@ def test_emulator_is_right(drivers, build):
         passing(drivers[build], order, "mma", "none")
 
 
+def test_traversals_cover_every_element_once(drivers):
+    passing(drivers["plain"], "round_robin", "traversal")
+
+
 def caught(driver: Path, order: str, check: str, bug: str, report: str) -> None:
     # A random order may miss a race; eight of them may not.
     for seed in range(8 if order.startswith("random") else 1):

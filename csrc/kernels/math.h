@@ -57,12 +57,49 @@ FR_INLINE Shares<V> maximum_backward(V a, V b, V g) {
   return {a < b ? V{} : share, a > b ? V{} : share};
 }
 
+#if defined(__CUDACC__)
+FR_INLINE float square_root(float x) { return sqrtf(x); }
+FR_INLINE double square_root(double x) { return sqrt(x); }
+#else
 FR_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 FR_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+#endif
 
 template <class V>
 FR_INLINE V scale_shift(V x, V scale, V shift) {
   return x * scale + shift;
+}
+
+// What BatchNorm makes of a batch's statistics, in fp64, each number rounded to A.
+template <class A>
+struct Normalization {
+  A scale, shift, invstd;
+};
+
+template <class A>
+FR_INLINE Normalization<A> normalization(double mean, double m2, double count, double weight,
+                                         double bias, double eps) {
+  const A invstd = static_cast<A>(1 / square_root(m2 / count + eps));
+  const A scale = static_cast<A>(weight * invstd);
+  // The shift makes up for what rounding the scale does to the mean.
+  return {scale, static_cast<A>(bias - mean * scale), invstd};
+}
+
+FR_INLINE double running_average(double before, double value, double momentum) {
+  return (1 - momentum) * before + momentum * value;
+}
+
+// BatchNorm's gradient is scale * g + slope * (x - mean) + offset; see BnActBackwardArgs.
+template <class A>
+struct GradientTerms {
+  A slope, offset;
+};
+
+template <class A>
+FR_INLINE GradientTerms<A> gradient_terms(double scale, double invstd, double sum_g, double sum_gx,
+                                          double count) {
+  const double share = -scale / count;
+  return {static_cast<A>(share * invstd * sum_gx), static_cast<A>(share * sum_g)};
 }
 
 }  // namespace fused_resnet::math

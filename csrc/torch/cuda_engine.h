@@ -44,6 +44,15 @@ template <class Device>
 void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("eltwise_act", TORCH_BOX(&eltwise_act<Device>));
   library.impl("eltwise_act_backward", TORCH_BOX(&eltwise_act_backward<Device>));
+  library.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift<Device>));
+  library.impl("bn_act", TORCH_BOX(&bn_act<Device>));
+  library.impl("bn_act_", TORCH_BOX(&bn_act_<Device>));
+  library.impl("bn_stats", TORCH_BOX(&bn_stats<Device>));
+  library.impl("bn_finalize", TORCH_BOX(&bn_finalize<Device>));
+  library.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce<Device>));
+  library.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<Device>));
+  library.impl("bn_act_backward_", TORCH_BOX(&bn_act_backward_<Device>));
+  library.impl("relu_backward_reduce", TORCH_BOX(&relu_backward_reduce<Device>));
 }
 
 }  // namespace fused_resnet::glue

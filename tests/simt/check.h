@@ -18,3 +18,4 @@ inline void check(bool good, const char* why) {
 // The checks. Arguments are what follows the check's name on the command line.
 void check_shim(int argc, char** argv);
 void check_mma(int argc, char** argv);
+void check_traversal(int argc, char** argv);

@@ -8,8 +8,7 @@ namespace {
 template <class R>
 FR_VEC void update(void* running, int64_t c, double value, double momentum) {
   R* at = static_cast<R*>(running) + c;
-  const double before = load_one(at);
-  const double after = (1 - momentum) * before + momentum * value;
+  const double after = math::running_average(load_one(at), value, momentum);
   store(at, splat(static_cast<Acc<R>>(after)), 1);
 }
 
@@ -17,13 +16,15 @@ FR_VEC void update(void* running, int64_t c, double value, double momentum) {
 template <class A, class R>
 void finalize(const BnFinalizeArgs& args) {
   auto get = [](const void* p, int64_t c) -> double { return static_cast<const A*>(p)[c]; };
-  auto put = [](void* p, int64_t c, double v) { return static_cast<A*>(p)[c] = static_cast<A>(v); };
+  auto put = [](void* p, int64_t c, A v) { static_cast<A*>(p)[c] = v; };
   for (int64_t c = 0; c < args.channels; ++c) {
     const double mean = get(args.mean, c), m2 = get(args.m2, c);
-    const double invstd = put(args.invstd, c, 1 / math::square_root(m2 / args.count + args.eps));
-    // The shift makes up for what rounding the scale does to the mean.
-    const double scale = put(args.scale, c, args.weight ? get(args.weight, c) * invstd : invstd);
-    put(args.shift, c, (args.bias ? get(args.bias, c) : 0) - mean * scale);
+    const auto made =
+        math::normalization<A>(mean, m2, args.count, args.weight ? get(args.weight, c) : 1,
+                               args.bias ? get(args.bias, c) : 0, args.eps);
+    put(args.scale, c, made.scale);
+    put(args.shift, c, made.shift);
+    put(args.invstd, c, made.invstd);
     if (!args.running_mean || args.count == 0) continue;
     update<R>(args.running_mean, c, mean, args.momentum);
     update<R>(args.running_var, c, m2 / (args.count - 1), args.momentum);

@@ -1,6 +1,7 @@
 // BatchNorm's gradient of its input, as api.h has it at BnActBackwardArgs.
 #pragma once
 
+#include "../math.h"
 #include "buffer.h"
 #include "channels.h"
 
@@ -24,14 +25,12 @@ class BnGradient {
     if (!has_memory()) return;
     auto get = [](const void* p, int64_t c) -> double { return static_cast<const A*>(p)[c]; };
     for (int64_t c = 0; c < channels; ++c) {
-      double slope = 0, offset = 0;
-      if (batch_) {
-        const double share = -get(scale, c) / batch.count;
-        slope = share * get(batch.invstd, c) * get(batch.sum_gx, c);
-        offset = share * get(batch.sum_g, c);
-      }
-      constants_.data[c] = static_cast<A>(slope);
-      constants_.data[channels + c] = static_cast<A>(offset);
+      math::GradientTerms<A> terms{};
+      if (batch_)
+        terms = math::gradient_terms<A>(get(scale, c), get(batch.invstd, c), get(batch.sum_g, c),
+                                        get(batch.sum_gx, c), batch.count);
+      constants_.data[c] = terms.slope;
+      constants_.data[channels + c] = terms.offset;
     }
   }
 

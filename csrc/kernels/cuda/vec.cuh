@@ -57,6 +57,10 @@ __device__ __forceinline__ void store(T* p, const Vector<T, n>& v) {
   *reinterpret_cast<Vector<T, n>*>(p) = v;
 }
 
+constexpr int element_bytes(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
 // n adjacent elements in the type they are computed in.
 template <class A, int n>
 struct Wide {

@@ -10,5 +10,8 @@ template <class Args>
 int64_t workspace_bytes(const Args&, const Gpu&) {
   return 0;
 }
+int64_t workspace_bytes(const BnStatsArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const BnActBackwardReduceArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const ReluBackwardReduceArgs& args, const Gpu& gpu);
 
 }  // namespace fused_resnet::cuda
