@@ -216,9 +216,10 @@ def ours(calls: dict[str, Callable[..., Outputs]]) -> list[Variant]:
 
 def on_engines(device: str, dtype: torch.dtype, *ops: str) -> dict[str, list[Callable[..., Any]]]:
     """By engine, the implementations of ``ops``, where it has kernels of its own for all."""
+    able = ("native", "triton") if device == "cuda" else ("native",)
     return {
         engine: [engines.implementation(op, engine) for op in ops]
-        for engine in ("native", "triton")
+        for engine in able
         if all(engines.why_not(engine, op, device, dtype) is None for op in ops)
     }
 

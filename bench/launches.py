@@ -143,14 +143,15 @@ class Count(TorchDispatchMode):
         """The engine's own function, which launches nothing on fake tensors, and says so."""
         from fused_resnet.triton_kernels import launch, ops
 
+        op = func._schema.name.split("::")[1]
         with self, launch.recording() as made:
-            out = ops.IMPLEMENTATIONS[func._schema.name.split("::")[1]](*args, **kwargs)
+            out = ops.IMPLEMENTATIONS[op](*args, **kwargs)
         for each in made:
             reads, writes = (
                 [t for t in tree_leaves(part) if isinstance(t, Tensor)]
                 for part in (each.reads, each.writes)
             )
-            self.launches.append(Launch(each.kernel.__name__, reads, writes, each.finalizes))
+            self.launches.append(Launch(op, reads, writes, each.finalizes))
         return out
 
 

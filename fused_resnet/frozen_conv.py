@@ -89,9 +89,11 @@ class FrozenConv(nn.Module):
         """The engines that can run this layer on ``x``, the untuned choice first."""
         device, dtype = x.device.type, x.dtype
         first = engines.choose("conv_bn_act", device, dtype)
+        # Triton's kernels run on a CPU too, interpreted.
+        names = ("native", "triton", "vendor") if x.is_cuda else ("native", "vendor")
         others = [
             name
-            for name in ("native", "triton", "vendor")
+            for name in names
             if name != first and engines.why_not(name, "conv_bn_act", device, dtype) is None
         ]
         return [first, *others, *([CUDNN] if self._cudnn_serves(x, act, residual) else [])]
