@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
     status: str
     why: str = ""
-    facts: dict[str, Any] = {}  # noqa: RUF012, nobody changes it
+    facts: dict[str, Any] | None = None
 
 
 class Step(NamedTuple):
@@ -85,7 +85,7 @@ class Check:
         process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},  # it may be killed
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -113,7 +113,7 @@ class Check:
             outcome = step.run(seconds)
         took = round(time.monotonic() - start, 1)
         row = {"step": step.name, "status": outcome.status, "why": outcome.why, "seconds": took}
-        self.content["steps"].append({**row, **outcome.facts})
+        self.content["steps"].append({**row, **(outcome.facts or {})})
         write_json(self.results / "gpu-check.json", self.content)
         return outcome
 

@@ -100,7 +100,7 @@ def test_steps(check):
     check.until = time.monotonic() + 20
     check.step(Step("two", 50, run))
     check.until = time.monotonic() + 5
-    assert check.step(Step("three", 50, run)) == (LEFT_OUT, "no time was left", {})
+    assert check.step(Step("three", 50, run)) == (LEFT_OUT, "no time was left", None)
     assert given[0] == 50
     assert 15 < given[1] <= 20
     rows = json.loads((check.results / "gpu-check.json").read_text())["steps"]
@@ -167,7 +167,7 @@ def test_no_sanitizer(check, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     outcome = gpu_check.sanitize(on_gpu(check), "memcheck", 10)
-    assert outcome == (LEFT_OUT, "there is no compute-sanitizer", {})
+    assert outcome == (LEFT_OUT, "there is no compute-sanitizer", None)
 
 
 @pytest.mark.parametrize(
