@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from cases import DTYPES, assert_identical
+from cases import DTYPES, SEEDS, Source, assert_identical, channels_last, placed
+from tolerances import judge
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from fused_resnet import engines, vendor
 from fused_resnet.frozen_conv import CUDNN, FrozenConv
@@ -80,6 +82,35 @@ def test_without_cudnn_it_is_the_vendors_two_passes(act):
     x, weight = torch.randn(2, 3, 6, 6), torch.randn(5, 3, 3, 3)
     args = (x, weight, None, torch.randn(5), torch.randn(2, 5, 6, 6), *WINDOW, 1, act)
     assert_identical(vendor.conv_bn_act_cudnn(*args), vendor.conv_bn_act(*args))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_values(kernel, residual, device):
+    """On a GPU of cuDNN's fused kernels; NaN, which they may lose, is the tuner's question."""
+    torch.use_deterministic_algorithms(False)
+    window = ([1, 1], [kernel // 2] * 2, [1, 1])
+    sides = []
+    for seed in SEEDS:
+        source = Source(seed, torch.float32)
+        weight = source.normal(24, 16, kernel, kernel) / (16 * kernel**2) ** 0.5
+        x, shift = source.normal(2, 16, 9, 7), source.normal(24)
+        tensors = [channels_last(t).to(device) for t in (x, weight, source.normal(2, 24, 9, 7))]
+        x, weight, r = tensors
+        shift = shift.to(device)
+        ours = vendor.conv_bn_act_cudnn(
+            x, weight, None, shift, r if residual else None, *window, 1, "relu"
+        )
+
+        def eager(x, weight, shift, r):
+            y = F.conv2d(x, weight, shift, *window)
+            return torch.relu(y + r if residual else y)
+
+        theirs = eager(x, weight, shift, r)
+        assert placed(ours) == placed(theirs)
+        sides.append((ours, theirs, eager(*(t.double() for t in (x, weight, shift, r)))))
+    judge(*zip(*sides, strict=True))
 
 
 # The chooser.
