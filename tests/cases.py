@@ -104,8 +104,10 @@ def backends(op: str, isa: bool = False) -> list[Any]:
     return params
 
 
-def over_backends(op: str, isa: bool = False) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("backend", backends(op, isa))
+def over_backends(op: str, isa: bool = False, emulated: bool = True) -> pytest.MarkDecorator:
+    """``emulated`` is False for what is no concern of a kernel, such as strides."""
+    params = [p for p in backends(op, isa) if emulated or not p.values[0].emulated]
+    return pytest.mark.parametrize("backend", params)
 
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

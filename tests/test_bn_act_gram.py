@@ -132,7 +132,7 @@ def test_activations(with_scale, act, dtype, backend):
     verify_rounded(backend, lambda seed: inputs(seed, (2, 17, 5, 6), dtype, with_scale, act))
 
 
-@over_backends("bn_act_gram")
+@over_backends("bn_act_gram", emulated=False)
 @pytest.mark.parametrize(
     "shape",
     [

@@ -95,7 +95,7 @@ def test_cases(case, dtype, backend):
     verify(backend, ours, eager, lambda seed: of_tensors(channels_last, inputs(case, seed, dtype)))
 
 
-@over_backends("conv_dgrad")
+@over_backends("conv_dgrad", emulated=False)
 @over_dtypes
 @over_some
 @pytest.mark.parametrize("layout", LAYOUTS)
