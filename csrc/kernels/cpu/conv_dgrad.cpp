@@ -1,7 +1,6 @@
 // The gradient of a convolution's input is a convolution of `grad`, with the weight transposed over
-// channels and read backwards over kernel positions. With a stride s it is s * s of them: the input
-// pixels of one phase, those of equal h % s and w % s, are reached by the same kernel positions, at
-// neighbouring pixels of grad.
+// channels and read backwards over kernel positions; with a stride, one for each phase.
+#include "../conv_phase.h"
 #include "buffer.h"
 #include "conv_panels.h"
 
@@ -12,37 +11,6 @@ namespace {
 // So many bytes of a phase are computed at a time: they stay in the last cache until they are
 // spread.
 constexpr int64_t kPhaseBytes = 4 << 20;
-
-// What input positions first, first + stride, ... have in common along one axis.
-struct Phase {
-  int64_t first, size;
-  int64_t taps;        // kernel positions that reach them,
-  int64_t last, step;  // the last of these and from one to the next
-  int64_t dilation, padding;
-};
-
-Phase phase_of(const ConvShape& s, int axis, int64_t first) {
-  const int64_t stride = s.stride[axis], dilation = s.dilation[axis], kernel = s.kernel[axis];
-  int64_t divisor = stride;
-  for (int64_t rest = dilation; rest != 0;) {
-    const int64_t next = divisor % rest;
-    divisor = rest;
-    rest = next;
-  }
-  Phase p{};
-  p.first = first;
-  p.size = ((axis == 0 ? s.height : s.width) - first + stride - 1) / stride;
-  p.step = stride / divisor;
-  p.dilation = dilation / divisor;
-  const int64_t at = first + s.padding[axis];
-  int64_t tap = 0;
-  while (tap < kernel && (at - tap * dilation) % stride != 0) ++tap;
-  if (tap == kernel) return p;
-  p.taps = (kernel - 1 - tap) / p.step + 1;
-  p.last = tap + (p.taps - 1) * p.step;
-  p.padding = (p.taps - 1) * p.dilation - (at - tap * dilation) / stride;
-  return p;
-}
 
 template <class T>
 struct Dgrad {
