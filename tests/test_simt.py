@@ -103,6 +103,28 @@ def test_emulator_catches_in_matrix_instructions(drivers, bug):
         caught(drivers[build], order, "mma", bug, report)
 
 
+def test_plans_of_convolutions(drivers):
+    passing(drivers["plain"], "round_robin", "conv_plan")
+
+
+# Each thread order and both landings of copies, once with sanitizers.
+@pytest.mark.parametrize(
+    ("dtype", "build", "orders"),
+    [
+        ("bf16", "plain", ("first_ahead", "last_ahead+lazy")),
+        ("f16", "plain", ("random+lazy",)),
+        ("tf32", "plain", ("round_robin+lazy",)),
+        ("f32", "plain", ("first_ahead+lazy", "last_ahead")),
+        ("f32", "sanitized", ("random+lazy",)),
+        ("f64", "sanitized", ("last_ahead",)),
+    ],
+)
+def test_convolution_in_every_tile(drivers, dtype, build, orders):
+    """Also those that a plan for an emulated GPU would not choose, and split sums."""
+    for order in orders:
+        passing(drivers[build], order, "conv", dtype)
+
+
 def test_engine_has_the_ops_of_the_cuda_library(simt):
     assert engines.registered(NAMESPACE, "CPU") == EMULATED["simt"].ops
     if native.cuda_why_not is None:

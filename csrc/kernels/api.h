@@ -234,8 +234,9 @@ struct EltwiseActBackwardArgs {
   int64_t numel;
 };
 
-// The shape of a convolution. Activations are channels_last: x [batch, height, width, in_channels],
-// out [batch, out_height, out_width, out_channels].
+// The shape of a convolution. `tf32` below is whether f32 may be multiplied as tf32, which has
+// f16's precision; CPUs have none and do not read it. Activations are channels_last: x [batch,
+// height, width, in_channels], out [batch, out_height, out_width, out_channels].
 struct ConvShape {
   int64_t batch, height, width, in_channels, out_height, out_width, out_channels;
   int64_t kernel[2], stride[2], padding[2], dilation[2];
@@ -257,6 +258,7 @@ struct ConvBnActArgs {
   const void* shift;
   const void* residual;  // laid out as out
   void* out;
+  bool tf32;
 };
 
 // Rearranges a convolution's weight into the panels conv_bn_act reads. conv_packed_size and
@@ -279,6 +281,7 @@ struct ConvDgradArgs {
   int64_t weight_stride[4];
   const void* added;
   void* dx;
+  bool tf32;
 };
 
 // The gradient of a convolution's weight: sum over output pixels of grad times the input they read,
@@ -294,6 +297,7 @@ struct ConvWgradArgs {
   const void* scale;
   const void* shift;
   void* dw;
+  bool tf32;
 };
 
 // Every op: the name of its launchers, and what they take.
@@ -357,6 +361,10 @@ struct Place {
 
 #define FUSED_RESNET_ON_PLACE(op, Args) Status op(const Args&, const Place&);
 FUSED_RESNET_OPS(FUSED_RESNET_ON_PLACE)
+
+// As cpu's: the weight as channels_last has it, in its own type.
+int64_t conv_packed_size(DType dtype, const ConvShape& shape);
+DType conv_packed_dtype(DType dtype);
 
 }  // namespace cuda
 

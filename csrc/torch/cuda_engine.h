@@ -34,6 +34,11 @@ class CudaEngine {
     return launch_cuda(args, place);
   }
 
+  static int64_t packed_size(DType dtype, const ConvShape& shape) {
+    return cuda::conv_packed_size(dtype, shape);
+  }
+  static DType packed_dtype(DType dtype) { return cuda::conv_packed_dtype(dtype); }
+
  private:
   torch::stable::Device device_;
   cuda::Place place_;
@@ -53,6 +58,12 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<Device>));
   library.impl("bn_act_backward_", TORCH_BOX(&bn_act_backward_<Device>));
   library.impl("relu_backward_reduce", TORCH_BOX(&relu_backward_reduce<Device>));
+  library.impl("bn_act_gram", TORCH_BOX(&bn_act_gram<Device>));
+  library.impl("conv_pack", TORCH_BOX(&conv_pack<Device>));
+  library.impl("conv_bn_act", TORCH_BOX(&conv_bn_act<Device>));
+  library.impl("conv_dgrad", TORCH_BOX(&conv_dgrad<Device>));
+  library.impl("conv_wgrad", TORCH_BOX(&conv_wgrad<Device>));
+  library.impl("conv_dgrad_", TORCH_BOX(&conv_dgrad_<Device>));
 }
 
 }  // namespace fused_resnet::glue

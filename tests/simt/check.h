@@ -19,3 +19,5 @@ inline void check(bool good, const char* why) {
 void check_shim(int argc, char** argv);
 void check_mma(int argc, char** argv);
 void check_traversal(int argc, char** argv);
+void check_conv_plan(int argc, char** argv);
+void check_conv(int argc, char** argv);

@@ -48,6 +48,12 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_by
 #if defined(FUSED_RESNET_SIMT)
   simt::launch(grid, block, shared_bytes, stream, [&] { kernel(args...); });
 #else
+  constexpr size_t kAlwaysThere = 48 << 10;
+  if (shared_bytes > kAlwaysThere) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return status_of(error);
+  }
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   kernel<<<grid, block, shared_bytes, queue>>>(args...);
 #endif

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "../api.h"
@@ -47,14 +48,63 @@ struct alignas(n * sizeof(T)) Vector {
   T at[n];
 };
 
+// What one memory instruction moves. keep_together() changes nothing, but without it the compiler
+// may see through the words, and move the elements in them one by one.
+template <int bytes>
+struct Words;
+template <>
+struct Words<16> {
+  using type = uint4;
+};
+template <>
+struct Words<8> {
+  using type = uint2;
+};
+template <>
+struct Words<4> {
+  using type = uint32_t;
+};
+template <>
+struct Words<2> {
+  using type = uint16_t;
+};
+
+__device__ __forceinline__ void keep_together(uint4& w) {
+  asm volatile("" : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w));
+}
+__device__ __forceinline__ void keep_together(uint2& w) { asm volatile("" : "+r"(w.x), "+r"(w.y)); }
+__device__ __forceinline__ void keep_together(uint32_t&) {}
+__device__ __forceinline__ void keep_together(uint16_t&) {}
+
 // p must be aligned as the vector is.
 template <int n, class T>
 __device__ __forceinline__ Vector<T, n> load(const T* p) {
-  return *reinterpret_cast<const Vector<T, n>*>(p);
+  auto words = *reinterpret_cast<const typename Words<n * sizeof(T)>::type*>(p);
+  keep_together(words);
+  Vector<T, n> v;
+  memcpy(&v, &words, sizeof(v));
+  return v;
 }
 template <int n, class T>
 __device__ __forceinline__ void store(T* p, const Vector<T, n>& v) {
-  *reinterpret_cast<Vector<T, n>*>(p) = v;
+  typename Words<n * sizeof(T)>::type words;
+  memcpy(&words, &v, sizeof(v));
+  keep_together(words);
+  *reinterpret_cast<decltype(words)*>(p) = words;
+}
+
+// 16 bytes to global memory. For sm_80 nvcc splits such stores where they are in a loop, unless it
+// is told the instruction.
+template <int n, class T>
+__device__ __forceinline__ void store_global(T* p, const Vector<T, n>& v) {
+  static_assert(n * sizeof(T) == 16);
+#if defined(FUSED_RESNET_SIMT)
+  store<n>(p, v);
+#else
+  uint4 words;
+  memcpy(&words, &v, sizeof(v));
+  __stwb(reinterpret_cast<uint4*>(p), words);
+#endif
 }
 
 constexpr int element_bytes(DType dtype) {

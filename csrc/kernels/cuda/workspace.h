@@ -13,5 +13,9 @@ int64_t workspace_bytes(const Args&, const Gpu&) {
 int64_t workspace_bytes(const BnStatsArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActBackwardReduceArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ReluBackwardReduceArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const BnActGramArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const ConvBnActArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const ConvDgradArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const ConvWgradArgs& args, const Gpu& gpu);
 
 }  // namespace fused_resnet::cuda

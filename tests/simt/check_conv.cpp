@@ -1,0 +1,270 @@
+// Checks the CUDA convolution in every tile and with every number of splits, against nested loops
+// in double, within the bound that rounding every operation allows.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/kernels/cuda/conv.cuh"
+#include "check.h"
+
+using namespace fused_resnet;
+
+namespace {
+
+// The units of rounding to the storage type, and to what its products are made of.
+template <class T>
+struct Type;
+template <>
+struct Type<float> {
+  static constexpr DType dtype = DType::f32;
+  static constexpr double unit = 0x1p-24, least = 0x1p-149;
+};
+template <>
+struct Type<double> {
+  static constexpr DType dtype = DType::f64;
+  static constexpr double unit = 0x1p-53, least = 0x1p-1074;
+};
+template <>
+struct Type<__nv_bfloat16> {
+  static constexpr DType dtype = DType::bf16;
+  static constexpr double unit = 0x1p-8, least = 0x1p-133;
+};
+template <>
+struct Type<__half> {
+  static constexpr DType dtype = DType::f16;
+  static constexpr double unit = 0x1p-11, least = 0x1p-24;
+};
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+std::mt19937 generator(1);
+
+// n numbers in [-1, 1), `offset` elements behind an aligned address, that end where their memory
+// ends.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t n, int64_t offset = 0) : size(n), offset_(offset) {
+    void* p = nullptr;
+    check(posix_memalign(&p, 64, (offset + n) * sizeof(T)) == 0, "out of memory");
+    memory_.reset(static_cast<T*>(p));
+    for (int64_t i = 0; i < n; ++i)
+      data()[i] = T(static_cast<float>(generator() >> 8) / (1 << 23) - 1);
+  }
+  T* data() const { return memory_.get() + offset_; }
+  double at(int64_t i) const { return static_cast<double>(static_cast<Acc<T>>(data()[i])); }
+  const int64_t size;
+
+ private:
+  int64_t offset_;
+  std::unique_ptr<T, decltype(&free)> memory_{nullptr, free};
+};
+
+struct Case {
+  int64_t batch, height, width, in, out;
+  int kernel = 1, stride = 1, padding = 0, dilation = 1;
+  int64_t groups = 1;
+  int64_t misaligned = 0;
+
+  std::string text() const {
+    return std::to_string(in) + "->" + std::to_string(out) + " k" + std::to_string(kernel) + " s" +
+           std::to_string(stride) + " g" + std::to_string(groups) + " pixels " +
+           std::to_string(height) + "x" + std::to_string(width);
+  }
+  ConvShape shape() const {
+    ConvShape s{batch, height, width, in, 0, 0, out, {}, {}, {}, {}, groups};
+    for (int i = 0; i < 2; ++i) {
+      s.kernel[i] = kernel;
+      s.stride[i] = stride;
+      s.padding[i] = padding;
+      s.dilation[i] = dilation;
+    }
+    const int64_t reach = (kernel - 1) * dilation + 1;
+    s.out_height = (height + 2 * padding - reach) / stride + 1;
+    s.out_width = (width + 2 * padding - reach) / stride + 1;
+    return s;
+  }
+};
+
+template <class T>
+class Problem {
+ public:
+  Problem(const Case& c, bool tf32, bool epilogue)
+      : s(c.shape()),
+        name(c.text() + " dtype " + std::to_string(static_cast<int>(Type<T>::dtype)) +
+             (tf32 ? " tf32" : "")),
+        x(s.batch * s.height * s.width * s.in_channels, c.misaligned),
+        weight(s.out_channels * s.kernel[0] * s.kernel[1] * s.in_channels / s.groups),
+        residual(s.batch * s.out_height * s.out_width * s.out_channels, c.misaligned),
+        scale(s.out_channels),
+        shift(s.out_channels),
+        offset(c.misaligned),
+        product_unit(tf32 ? 0x1p-11 : 0) {
+    check(cuda::describe(Type<T>::dtype, tf32, s, &conv), "sizes");
+    conv.x = x.data();
+    conv.weight = weight.data();
+    if (epilogue) {
+      conv.act = Act::relu;
+      conv.scale = scale.data();
+      conv.shift = shift.data();
+      conv.residual = residual.data();
+    }
+    compute();
+  }
+
+  void run(const cuda::ConvPlan& plan) {
+    const std::string what =
+        name + " tile " + std::to_string(plan.tile) + " splits " + std::to_string(plan.splits);
+    Array<T> out(residual.size, offset);
+    Array<unsigned char> partial(cuda::partial_bytes(conv, plan));
+    for (int64_t i = 0; i < out.size; ++i) out.data()[i] = T(NAN);
+    conv.out = out.data();
+    if (cuda::convolve(conv, plan, partial.data(), nullptr) != Status::ok)
+      check_failed(what + ": status");
+    for (int64_t i = 0; i < out.size; ++i)
+      if (!(std::fabs(out.at(i) - exact[i]) <= bound[i]))
+        check_failed(what + ": element " + std::to_string(i) + " is " + std::to_string(out.at(i)) +
+                     ", expected " + std::to_string(exact[i]) + " within " +
+                     std::to_string(bound[i]));
+  }
+
+  cuda::Conv conv;
+
+ private:
+  // The weight is dense as channels_last has it.
+  void compute() {
+    const int64_t in = s.in_channels / s.groups, out = s.out_channels / s.groups;
+    const int64_t steps = s.kernel[0] * s.kernel[1] * in + 20;
+    for (int64_t i = 0; i < residual.size; ++i) {
+      const int64_t k = i % s.out_channels, pixel = i / s.out_channels;
+      const int64_t ow = pixel % s.out_width, oh = pixel / s.out_width % s.out_height;
+      const int64_t image = pixel / s.out_width / s.out_height;
+      double sum = 0, magnitude = 0;
+      for (int64_t kh = 0; kh < s.kernel[0]; ++kh)
+        for (int64_t kw = 0; kw < s.kernel[1]; ++kw) {
+          const int64_t h = oh * s.stride[0] - s.padding[0] + kh * s.dilation[0];
+          const int64_t w = ow * s.stride[1] - s.padding[1] + kw * s.dilation[1];
+          if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
+          for (int64_t c = 0; c < in; ++c) {
+            const double product =
+                x.at(((image * s.height + h) * s.width + w) * s.in_channels + k / out * in + c) *
+                weight.at(((k * s.kernel[0] + kh) * s.kernel[1] + kw) * in + c);
+            sum += product;
+            magnitude += std::fabs(product);
+          }
+        }
+      const double a = conv.scale ? scale.at(k) : 1, b = conv.shift ? shift.at(k) : 0;
+      const double added = conv.residual ? residual.at(i) : 0;
+      const double value = sum * a + b + added;
+      exact.push_back(conv.act == Act::relu && value < 0 ? 0 : value);
+      const double unit = sizeof(T) == 8 ? 0x1p-52 : 0x1p-24;
+      const double summed = (steps * unit + 2 * product_unit) *
+                            (magnitude * std::fabs(a) + std::fabs(b) + std::fabs(added));
+      bound.push_back(summed + Type<T>::unit * (std::fabs(value) + summed) + Type<T>::least);
+    }
+  }
+
+  const ConvShape s;
+  const std::string name;
+  const Array<T> x, weight, residual;
+  const Array<Acc<T>> scale, shift;
+  const int64_t offset;
+  const double product_unit;
+  std::vector<double> exact, bound;
+};
+
+template <class T>
+void run_all(bool tf32) {
+  const int64_t n = 16 / sizeof(T), stage = cuda::kConvRowBytes / sizeof(T);
+  std::vector<Case> cases;
+  for (const cuda::ConvTile& tile : cuda::kConvTiles) {  // edges of tiles
+    for (int64_t near : {-1, 0, 1}) {
+      cases.push_back({1, 1, tile.rows + near, n, n + 1});
+      cases.push_back({1, 1, 5, n, tile.columns + near});
+    }
+    cases.push_back({1, 3, tile.rows / 2, 3 * n, tile.columns + n, 3, 1, 1});
+  }
+  for (int64_t stages = 1; stages <= 5; ++stages)  // and of the pipeline
+    for (int64_t near : {-n, -int64_t{1}, int64_t{0}, int64_t{1}, n})
+      cases.push_back({1, 2, 3, stages * stage + near, 9});
+  cases.push_back({2, 7, 5, 2 * n, 3, 3, 2, 1});
+  cases.push_back({2, 6, 7, n, 2 * n, 3, 1, 2, 2});
+  cases.push_back({1, 11, 9, 3, 8, 7, 2, 3});
+  cases.push_back({2, 5, 4, 4 * n, 4 * n, 3, 1, 1, 1, 4});
+  cases.push_back({2, 5, 4, 12, 18, 3, 2, 1, 1, 3});
+  cases.push_back({2, 3, 3, 8, 8, 3, 1, 1, 1, 8});
+  cases.push_back({2, 3, 3, n, n, 1, 3, 4});
+  cases.push_back({1, 5, 5, 2 * n, n, 3, 1, 1, 1, 1, 1});
+  int count = 0;
+  for (const Case& c : cases) {
+    const bool epilogue = (&c - cases.data()) % 3 > 0;
+    Problem<T> problem(c, tf32, epilogue);
+    const cuda::Conv& conv = problem.conv;
+    for (int tile = 0; tile < cuda::kConvTileCount; ++tile) {
+      if (!cuda::conv_has_tile(cuda::sizes_of(conv), tile)) continue;
+      for (int splits : {1, 2 + tile % 2}) {
+        if (splits > 1 && count % 3 > 0 && cuda::conv_stages(cuda::sizes_of(conv)) == 1) continue;
+        problem.run({tile, splits});
+        ++count;
+      }
+    }
+  }
+  printf("%d runs\n", count);
+}
+
+}  // namespace
+
+// What every plan has to hold to, over the layers of ResNets and beyond.
+void check_conv_plan(int, char**) {
+  int split = 0, large = 0;
+  for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    for (int64_t pixels : {1, 49, 196, 784, 3136, 12544, 401408, 1 << 26})
+      for (int64_t columns : {1, 4, 63, 64, 65, 128, 512, 2048})
+        for (int64_t depth : {0, 3, 27, 64, 576, 2048, 4608})
+          for (int multiprocessors : {1, 16, 108, 132})
+            for (int64_t groups : {1, 32}) {
+              const cuda::Gpu gpu{multiprocessors};
+              const cuda::Math math = dtype == DType::f64 ? cuda::Math::scalar : cuda::Math::tensor;
+              const bool wide = depth % 8 == 0 && dtype != DType::f64;
+              const cuda::ConvSizes s{dtype, math, wide, pixels, columns, depth, groups};
+              const cuda::ConvPlan plan = cuda::plan_conv(s, gpu, true);
+              check(plan.tile >= 0 && plan.tile < cuda::kConvTileCount, "tile");
+              check(cuda::conv_has_tile(s, plan.tile), "a tile that is not compiled");
+              check(cuda::plan_conv(s, gpu, false).splits == 1, "splits that were not allowed");
+              const int64_t stages = cuda::conv_stages(s);
+              check(plan.splits == 1 || stages / plan.splits >= cuda::kConvSplitStages / 2,
+                    "splits of almost nothing");
+              check(plan.splits == 1 ||
+                        cuda::ceil_div(stages, cuda::ceil_div(stages, plan.splits)) == plan.splits,
+                    "a split that is empty");
+              const int64_t blocks = cuda::conv_blocks(s, cuda::kConvTiles[plan.tile]);
+              check(plan.tile == 0 || blocks >= multiprocessors, "idle multiprocessors");
+              split += plan.splits > 1;
+              large += plan.tile == 2;
+
+              const cuda::WgradPlan of_weight =
+                  cuda::plan_wgrad({dtype, math, wide, columns, depth + 1, pixels, groups}, gpu);
+              for (const cuda::WgradPlan& p : {of_weight, cuda::plan_gram(columns, pixels, gpu)}) {
+                check(p.split_pixels % cuda::kStagePixels == 0, "a split that ends within a stage");
+                check(p.splits * p.split_pixels >= pixels, "pixels that no split has");
+                check((p.splits - 1) * p.split_pixels < pixels, "a split that is empty");
+              }
+            }
+  check(split > 0 && large > 0, "nothing is ever split, or large");
+}
+
+void check_conv(int argc, char** argv) {
+  check(argc == 1, "expected a dtype");
+  const std::string dtype = argv[0];
+  if (dtype == "f32") return run_all<float>(false);
+  if (dtype == "tf32") return run_all<float>(true);
+  if (dtype == "f64") return run_all<double>(false);
+  if (dtype == "bf16") return run_all<__nv_bfloat16>(false);
+  if (dtype == "f16") return run_all<__half>(false);
+  check_failed("unknown dtype " + dtype);
+}
