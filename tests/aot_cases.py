@@ -70,3 +70,42 @@ for dtype in DTYPES:
     c = vector(64, dtype)
     add("bn_finalize", c, c, 100.0, stored.to(c.dtype), c, stored, stored, 0.1, 1e-5)
     add("bn_finalize", c, c, 100.0, None, None, None, None, 0.1, 1e-5)
+
+# Channels in and out, pixels along a side, kernel, stride, groups: ResNets', and what divides by 8.
+CONVOLUTIONS = (
+    (64, 256, 56, 1, 1, 1),
+    (256, 64, 56, 1, 1, 1),
+    (256, 512, 56, 1, 2, 1),
+    (128, 128, 28, 3, 1, 1),
+    (128, 128, 28, 3, 2, 1),
+    (64, 64, 56, 3, 1, 1),
+    (3, 64, 224, 7, 2, 1),
+    (128, 128, 56, 3, 1, 32),
+    (256, 256, 28, 3, 1, 32),
+    (24, 40, 14, 3, 1, 1),
+)
+for dtype, (c, k, side, kernel, stride, groups) in itertools.product(DTYPES, CONVOLUTIONS):
+    out = (side - 1) // stride + 1
+    x, y = (
+        image(32, n, s, s, dtype=dtype, layout=torch.channels_last)
+        for n, s in ((c, side), (k, out))
+    )
+    weight = image(k, c // groups, kernel, kernel, dtype=dtype, layout=torch.channels_last)
+    padding = [kernel // 2] * 2
+    geometry = ([stride, stride], padding, [1, 1], groups)
+    into, of = vector(c, dtype), vector(k, dtype)
+    # Its vectors of one number per channel are read by less than 16 bytes.
+    add("conv_bn_act", x, weight, of, of, y, *geometry, "relu")
+    wide = (
+        c // groups % 8 == 0 and k // groups % 8 == 0 and dtype in (torch.float16, torch.bfloat16)
+    )
+    add("conv_bn_act", x, weight, None, None, None, *geometry, "none", wide=wide)
+    add("conv_dgrad", y, weight, None, [side, side], *geometry, wide=wide)
+    add("conv_dgrad_", y, weight, x, [side, side], *geometry, wide=wide)
+    add("conv_wgrad", y, x, into, into, "relu", [kernel] * 2, *geometry)
+    add("conv_wgrad", y, x, None, None, "none", [kernel] * 2, *geometry, wide=wide)
+for dtype, c in itertools.product(DTYPES, (64, 24)):
+    x = image(32, c, 56, 56, dtype=dtype, layout=torch.channels_last)
+    centre = vector(c, dtype)
+    add("bn_act_gram", x, centre, centre, centre, "relu", 1)
+    add("bn_act_gram", x, None, None, centre, "none", 2)

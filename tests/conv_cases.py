@@ -1,7 +1,6 @@
 """The convolutions under test, at the edges of the CPU kernel's tiles and of what one can be."""
 
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ class Conv:
     padding: Pair = (1, 1)
     dilation: Pair = (1, 1)
     groups: int = 1
+    emulated: bool = True  #: not one at the edge of the CPU's tiles, which is nothing to a GPU's
 
     def __str__(self) -> str:
         def pair(name: str, value: Pair, usual: Pair) -> str:
@@ -48,11 +48,13 @@ class Conv:
         )
 
     @property
-    def work(self) -> int:
-        """See ``cases.work``; an emulated engine leaves out what only the CPU's tiles ask for."""
-        fan_in = self.channels[0] // self.groups * self.kernel[0] * self.kernel[1]
-        products = self.batch * self.out_size[0] * self.out_size[1] * fan_in * self.channels[1]
-        return sys.maxsize if self in CPU_TILES else products // 8
+    def work(self) -> float:
+        """What a program and a product cost where they are emulated; see cases.Emulated."""
+        if not self.emulated:
+            return float("inf")
+        taps = self.kernel[0] * self.kernel[1] * self.channels[0] // self.groups
+        pixels = self.batch * self.out_size[0] * self.out_size[1]
+        return 500 * self.groups + pixels * self.channels[1] * taps // 32
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -169,8 +171,16 @@ TILES = [
     Conv(3, (260, 270), (9, 8), kernel=(1, 1), padding=(0, 0)),
 ]
 
-#: Cases that are there for the tiles of the CPU's kernels; tests add theirs.
-CPU_TILES = set(TILES)
+TILES = [replace(case, emulated=False) for case in TILES]
+
+#: At the edges of the GPU kernels' tiles: rows, columns, and terms of a sum at a time.
+GPU_TILES = [
+    pointwise(65, (17, 65)),
+    pointwise(64, (16, 64)),
+    pointwise(127, (15, 129)),
+    Conv(1, (65, 17), (12, 11), kernel=(3, 1), padding=(1, 0)),
+    Conv(1, (3, 16), (9, 15)),
+]
 
 GEOMETRIES = [
     Conv(1, (3, 16), (23, 21), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),  # the stem
@@ -202,12 +212,12 @@ GROUPED = [
     Conv(channels=(40, 40), groups=40, stride=(2, 2)),
     Conv(channels=(15, 51), groups=3),  # panels that straddle groups
     Conv(channels=(12, 39), groups=3, kernel=(1, 1), padding=(0, 0)),
-    *(Conv(1, (6, 2 * width), (3, 5), groups=2) for width in around(*PANELS)),
+    *(Conv(1, (6, 2 * width), (3, 5), groups=2, emulated=False) for width in around(*PANELS)),
     Conv(channels=(64, 64), groups=32, dilation=(2, 2), padding=(2, 2)),  # ResNeXt
     Conv(channels=(96, 96), groups=4),
 ]
 
-CASES = sorted({*TILES, *GEOMETRIES, *GROUPED}, key=str)
+CASES = sorted({*TILES, *GPU_TILES, *GEOMETRIES, *GROUPED}, key=str)
 #: Few, for what is checked in many ways: a whole tile, a ragged one, groups, a strided one, a stem.
 SOME = [
     Conv(2, (16, 32), (7, 8)),

@@ -1,5 +1,7 @@
 """conv_wgrad: the gradient of a convolution's weight, its input normalised on the way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import (
@@ -22,7 +24,7 @@ from cases import (
     torch_act,
     verify,
 )
-from conv_cases import CPU_TILES, GEOMETRIES, GROUPED, SOME, Conv, convolutions, pointwise
+from conv_cases import GEOMETRIES, GPU_TILES, GROUPED, SOME, Conv, convolutions, pointwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import within_rounding
@@ -46,8 +48,8 @@ TILES = [
     Conv(2, (600, 9), (7, 5)),
     Conv(1, (17, 2 * TILE["kMostOutChannels"][0] + 3), (3, 4)),
 ]
-CPU_TILES.update(TILES)
-CASES = sorted({*TILES, *GEOMETRIES, *GROUPED}, key=str)
+TILES = [replace(case, emulated=False) for case in TILES]
+CASES = sorted({*TILES, *GPU_TILES, *GEOMETRIES, *GROUPED}, key=str)
 over_some = pytest.mark.parametrize("case", SOME, ids=str)
 
 

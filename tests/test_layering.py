@@ -72,6 +72,7 @@ def test_cpu_kernel_is_in_the_file_of_its_name(op):
 
 def test_cuda_and_triton_kernels_are_named_after_ops():
     shared = {"bn_gradient", "checks", "launch", "ops", "pooling", "reductions", "tiles"}
+    shared |= {f"conv_{name}" for name in ("configs", "gemm", "launch", "shapes")}
     for path in [*(KERNELS / "cuda").glob("*.cu"), *(ROOT / "triton_kernels").glob("[a-z]*.py")]:
         assert path.stem in OPS or (path.suffix == ".py" and path.stem in shared), path
 

@@ -9,6 +9,7 @@ import torch
 from .bn_act import bn_act, bn_act_
 from .bn_act_backward import bn_act_backward, bn_act_backward_
 from .bn_act_backward_reduce import bn_act_backward_reduce
+from .bn_act_gram import bn_act_gram
 from .bn_act_maxpool import bn_act_maxpool
 from .bn_act_maxpool_backward import bn_act_maxpool_backward
 from .bn_act_maxpool_backward_reduce import bn_act_maxpool_backward_reduce
@@ -16,6 +17,9 @@ from .bn_act_maxpool_train import bn_act_maxpool_train
 from .bn_finalize import bn_finalize
 from .bn_scale_shift import bn_scale_shift
 from .bn_stats import bn_stats
+from .conv_bn_act import conv_bn_act
+from .conv_dgrad import conv_dgrad, conv_dgrad_
+from .conv_wgrad import conv_wgrad
 from .eltwise_act import eltwise_act
 from .eltwise_act_backward import eltwise_act_backward
 from .launch import INTERPRETED
@@ -27,6 +31,7 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     bn_act_backward,
     bn_act_backward_,
     bn_act_backward_reduce,
+    bn_act_gram,
     bn_act_maxpool,
     bn_act_maxpool_backward,
     bn_act_maxpool_backward_reduce,
@@ -34,6 +39,10 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     bn_finalize,
     bn_scale_shift,
     bn_stats,
+    conv_bn_act,
+    conv_dgrad,
+    conv_dgrad_,
+    conv_wgrad,
     eltwise_act,
     eltwise_act_backward,
     relu_backward_reduce,

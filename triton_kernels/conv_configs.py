@@ -1,0 +1,98 @@
+"""Tile sizes of the convolutions: data, and pure functions that pick."""
+
+from typing import NamedTuple
+
+import torch
+
+from .launch import chosen
+
+
+class Config(NamedTuple):
+    """A tile of BLOCK_M x BLOCK_N results, summed up BLOCK_K terms at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """As a launch takes it."""
+        return {
+            "BLOCK_M": self.m,
+            "BLOCK_N": self.n,
+            "BLOCK_K": self.k,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+#: Of conv_gemm, whose rows are pixels, in half types: wide layers, narrow ones, narrow groups.
+GEMM_HALF = (
+    Config(128, 128, 64, 8, 3),
+    Config(128, 64, 64, 8, 3),
+    Config(128, 16, 32, 4, 3),
+)
+#: In float32 and float64.
+GEMM_WIDE = (Config(64, 64, 16, 8, 2), Config(128, 16, 16, 4, 2))
+#: Of conv_wgrad, whose rows are output channels: the same cases.
+WGRAD_HALF = (
+    Config(128, 128, 64, 8, 3),
+    Config(64, 64, 64, 4, 3),
+    Config(16, 64, 64, 4, 3),
+)
+WGRAD_WIDE = (Config(64, 64, 16, 8, 2), Config(16, 64, 16, 4, 2))
+#: Of bn_act_gram, whose tiles are square.
+GRAM_HALF = (Config(64, 64, 32, 4, 3),)
+GRAM_WIDE = (Config(64, 64, 16, 8, 2),)
+
+#: Programs that fill any GPU with two on each of its processors, or nearly.
+_PROGRAMS = 264
+#: Steps below which a range of pixels is not worth its partial result.
+_LEAST_STEPS = 4
+#: Rows of a Gram matrix that are summed up in the accumulation type.
+_GRAM_ROWS = 1024
+
+
+def _by_type(
+    half: tuple[Config, ...], wide: tuple[Config, ...], dtype: torch.dtype
+) -> tuple[Config, ...]:
+    return half if dtype in (torch.float16, torch.bfloat16) else wide
+
+
+def gemm(columns: int, dtype: torch.dtype, arch: int) -> Config:
+    """For so many output channels a group."""
+    configs = _by_type(GEMM_HALF, GEMM_WIDE, dtype)
+    if columns <= 16:
+        return chosen(configs, len(configs) - 1)
+    return chosen(configs, 1 if configs is GEMM_HALF and columns <= 64 else 0)
+
+
+def wgrad(rows: int, columns: int, dtype: torch.dtype, arch: int) -> Config:
+    """For so many output channels, and taps times input channels, a group."""
+    configs = _by_type(WGRAD_HALF, WGRAD_WIDE, dtype)
+    if rows <= 16:
+        return chosen(configs, len(configs) - 1)
+    return chosen(configs, 1 if configs is WGRAD_HALF and min(rows, columns) <= 64 else 0)
+
+
+def gram(channels: int, dtype: torch.dtype, arch: int) -> Config:
+    """For a matrix of so many channels."""
+    return chosen(_by_type(GRAM_HALF, GRAM_WIDE, dtype), 0)
+
+
+def ranges(tiles: int, steps: int) -> tuple[int, int]:
+    """Into how many ranges ``steps`` are cut for so many tiles, and how long each is.
+
+    The same on every device, so that results are.
+    """
+    count = max(1, min(_PROGRAMS // max(1, tiles), steps // _LEAST_STEPS))
+    length = -(-steps // count)
+    return max(1, -(-steps // max(1, length))), length
+
+
+def gram_steps(tiles: int, rows: int, block: int) -> int:
+    """How many blocks of rows a range has: fewer than it may where that makes too few programs."""
+    wanted = -(-rows * tiles // (_PROGRAMS * block))
+    return max(1, min(_GRAM_ROWS // block, wanted))

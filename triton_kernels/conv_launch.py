@@ -1,0 +1,173 @@
+"""Launches of :func:`conv_gemm.conv_gemm`: a convolution, and the gradient of its input."""
+
+import math
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+
+from . import conv_configs
+from .conv_gemm import conv_gemm
+from .conv_shapes import ConvShape, channels_last, index_type, precision
+from .launch import arch, launch
+from .tiles import alignment
+
+
+class Operand(NamedTuple):
+    """``act(x * scale + other * slope + shift) - center``, as a product reads it."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    act: str = "none"
+    other: Tensor | None = None
+    slope: Tensor | None = None
+    center: Tensor | None = None
+
+
+class Epilogue(NamedTuple):
+    """``act(result * scale + shift + residual)``, where ``mask`` is positive, and its statistics.
+
+    ``sums``: two of [tiles, channels], for the means and squared deviations of each tile's rows;
+    with a mask for the sums of the result and of its products with ``mask.x - mask.center``.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    act: str = "none"
+    mask: Operand | None = None
+    sums: tuple[Tensor, Tensor] | None = None
+
+
+class _Axis(NamedTuple):
+    """One dimension of a launch, see :func:`conv_gemm.conv_gemm`."""
+
+    kernel: int
+    step: int
+    advance: int
+    phases: int
+    sparse: int
+    dilation: int
+
+
+def _config(columns: int, x: Tensor) -> conv_configs.Config:
+    return conv_configs.gemm(columns, x.dtype, arch(x))
+
+
+def forward_tiles(shape: ConvShape, x: Tensor) -> tuple[int, int]:
+    """How many tiles of rows the statistics of a convolution of x come in, and rows a tile."""
+    block = _config(shape.out_channels // shape.groups, x).m
+    return triton.cdiv(shape.pixels, block), block
+
+
+def backward_tiles(shape: ConvShape, grad: Tensor) -> int:
+    """How many tiles of rows the statistics of a gradient come in."""
+    block = _config(shape.in_channels // shape.groups, grad).m
+    return math.prod(shape.stride) * triton.cdiv(_phase_rows(shape), block)
+
+
+def _phase_rows(shape: ConvShape) -> int:
+    """Rows of the largest of an input gradient's phases."""
+    height, width = (triton.cdiv(n, s) for n, s in zip(shape.size, shape.stride, strict=True))
+    return shape.batch * height * width
+
+
+def forward(
+    shape: ConvShape,
+    source: Operand,
+    weight: Tensor,
+    out: Tensor,
+    epilogue: Epilogue,
+) -> None:
+    """``out = conv2d(source, weight)``; images are channels_last."""
+    axes = [
+        _Axis(kernel, stride, dilation, 1, 1, dilation)
+        for kernel, stride, dilation in zip(shape.kernel, shape.stride, shape.dilation, strict=True)
+    ]
+    offsets = (-shape.padding[0], -shape.padding[1])
+    channels = (shape.in_channels, shape.out_channels)
+    rows = shape.pixels
+    _launch(shape, source, weight, out, epilogue, None, axes, offsets, rows, channels, False)
+
+
+def backward(
+    shape: ConvShape,
+    grad: Operand,
+    weight: Tensor,
+    dx: Tensor,
+    epilogue: Epilogue,
+    second: tuple[Operand, Tensor] | None = None,
+) -> None:
+    """``dx``, the gradient of the input of a convolution whose output's is ``grad``.
+
+    ``second``: an operand of dx's sizes and a matrix, whose product is added.
+    """
+    axes = []
+    for kernel, stride, dilation in zip(shape.kernel, shape.stride, shape.dilation, strict=True):
+        common = math.gcd(stride, dilation)
+        axes.append(_Axis(kernel, 1, -dilation // common, stride, stride // common, dilation))
+    channels = (shape.out_channels, shape.in_channels)
+    rows = _phase_rows(shape)
+    _launch(shape, grad, weight, dx, epilogue, second, axes, shape.padding, rows, channels, True)
+
+
+def _launch(
+    shape: ConvShape,
+    source: Operand,
+    weight: Tensor,
+    out: Tensor,
+    epilogue: Epilogue,
+    second: tuple[Operand, Tensor] | None,
+    axes: list[_Axis],
+    offsets: tuple[int, int],
+    rows: int,
+    channels: tuple[int, int],
+    is_backward: bool,
+) -> None:
+    x = source.x
+    reduced, columns = (n // shape.groups for n in channels)
+    config = _config(columns, x)
+    # Of few channels, several taps fill a step.
+    packed = reduced < 16 and shape.kernel != (1, 1)
+    reduced_unit, column_unit = reduced if packed else alignment(reduced), alignment(columns)
+    reads = [x, source.other, source.scale, source.slope, source.shift, channels_last(weight)]
+    if second is None:
+        reads += [None] * 5
+    else:
+        z = second[0]
+        reads += [z.x, z.scale, z.shift, z.center, second[1]]
+    reads += [epilogue.scale, epilogue.shift, epilogue.residual]
+    mask = epilogue.mask
+    reads += [None] * 4 if mask is None else [mask.x, mask.scale, mask.shift, mask.center]
+    launch(
+        conv_gemm,
+        (
+            triton.cdiv(rows, config.m) * triton.cdiv(columns, config.n) * shape.groups,
+            axes[0].phases * axes[1].phases,
+        ),
+        reads=reads,
+        writes=[out, *(epilogue.sums or (None, None))],
+        numbers=[
+            shape.batch,
+            *x.shape[2:],
+            *out.shape[2:],
+            *offsets,
+            shape.groups,
+            reduced // reduced_unit,
+            columns // column_unit,
+        ],
+        REDUCED_UNIT=reduced_unit,
+        COLUMN_UNIT=column_unit,
+        **{f"{name.upper()}_H": value for name, value in axes[0]._asdict().items()},
+        **{f"{name.upper()}_W": value for name, value in axes[1]._asdict().items()},
+        BACKWARD=is_backward,
+        PACKED=packed,
+        PLAIN=shape.plain,
+        IN_RELU=source.act == "relu",
+        X2_RELU=second is not None and second[0].act == "relu",
+        RELU=epilogue.act == "relu",
+        PRECISION=precision(x.dtype),
+        INDEX=index_type(rows, config.m),
+        **config.meta,
+    )
