@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import native, reference, reference_training, vendor
+from . import native, reference, reference_chain, reference_training, vendor
 from ._C import cpu_features
 
 ENGINES = ("auto", "reference", "native", "triton", "vendor")
@@ -43,6 +43,14 @@ TRAINING_OPS = (
     "conv_wgrad",
 )
 OPS = INFERENCE_OPS + TRAINING_OPS
+#: Those that a chain of convolutions is trained with where an engine has them, see :func:`fuses`.
+CHAIN_OPS = (
+    "bn_act_conv_stats",
+    "bn_act_conv_bn_act",
+    "bn_backward_conv_dgrad",
+    "bn_backward_conv_wgrad",
+    "bn_act_gram_backward",
+)
 # What torch has convolutions for, our kernels being around them.
 _CONVOLUTIONS = ("conv_bn_act", "conv_dgrad", "conv_wgrad")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -204,6 +212,11 @@ def choose(
     return "reference"
 
 
+def fuses(engine: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether a chain of convolutions is trained by CHAIN_OPS on the wish ``engine``. Pure."""
+    return engine != "auto" and all(why_not(engine, op, device, dtype) is None for op in CHAIN_OPS)
+
+
 def suits(op: str, channels_last: bool, weight: Sequence[int] = (), groups: int = 1) -> bool:
     """Whether our convolution is the one to take for a weight of that shape. Pure.
 
@@ -219,7 +232,8 @@ def suits(op: str, channels_last: bool, weight: Sequence[int] = (), groups: int 
 def implementation(op: str, engine: str) -> Callable[..., Any]:
     """The callable that runs ``op`` on ``engine``; all take the arguments of the op's schema."""
     if engine == "reference":
-        return getattr(reference_training if op in TRAINING_OPS else reference, op)
+        where = reference_chain if op in CHAIN_OPS else reference
+        return getattr(reference_training if op in TRAINING_OPS else where, op)
     if engine == "vendor" and op.removesuffix("_") in _CONVOLUTIONS:
         return getattr(vendor, op)
     return getattr(getattr(torch.ops, LIBRARIES[engine].namespace), op).default

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from . import native_training, reference
+from . import native_chain, native_training, reference
 
 NAMESPACES = ("fused_resnet", "fused_resnet_triton")
 
@@ -122,6 +122,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "conv_pack": _fake_conv_pack,
     "conv_bn_act": _fake_conv_bn_act,
     **native_training.FAKES,
+    **native_chain.FAKES,
 }
 
 

@@ -73,18 +73,21 @@ for dtype in DTYPES:
 
 # Channels in and out, pixels along a side, kernel, stride, groups: ResNets', and what divides by 8.
 CONVOLUTIONS = (
-    (64, 256, 56, 1, 1, 1),
-    (256, 64, 56, 1, 1, 1),
-    (256, 512, 56, 1, 2, 1),
     (128, 128, 28, 3, 1, 1),
-    (128, 128, 28, 3, 2, 1),
-    (64, 64, 56, 3, 1, 1),
-    (3, 64, 224, 7, 2, 1),
+    (64, 256, 56, 1, 1, 1),
     (128, 128, 56, 3, 1, 32),
+    (64, 64, 56, 3, 1, 1),
+    (256, 512, 56, 1, 2, 1),
+    (128, 128, 28, 3, 2, 1),
+    (3, 64, 224, 7, 2, 1),
     (256, 256, 28, 3, 1, 32),
     (24, 40, 14, 3, 1, 1),
 )
-for dtype, (c, k, side, kernel, stride, groups) in itertools.product(DTYPES, CONVOLUTIONS):
+
+
+def add_convolution(
+    dtype: torch.dtype, c: int, k: int, side: int, kernel: int, stride: int, groups: int
+) -> None:
     out = (side - 1) // stride + 1
     x, y = (
         image(32, n, s, s, dtype=dtype, layout=torch.channels_last)
@@ -94,18 +97,45 @@ for dtype, (c, k, side, kernel, stride, groups) in itertools.product(DTYPES, CON
     padding = [kernel // 2] * 2
     geometry = ([stride, stride], padding, [1, 1], groups)
     into, of = vector(c, dtype), vector(k, dtype)
-    # Its vectors of one number per channel are read by less than 16 bytes.
+    # Vectors of one number per channel are read by less than 16 bytes.
     add("conv_bn_act", x, weight, of, of, y, *geometry, "relu")
-    wide = (
-        c // groups % 8 == 0 and k // groups % 8 == 0 and dtype in (torch.float16, torch.bfloat16)
-    )
+    wide = (c // groups) % 8 == 0 and (k // groups) % 8 == 0 and dtype.itemsize == 2
     add("conv_bn_act", x, weight, None, None, None, *geometry, "none", wide=wide)
     add("conv_dgrad", y, weight, None, [side, side], *geometry, wide=wide)
     add("conv_dgrad_", y, weight, x, [side, side], *geometry, wide=wide)
     add("conv_wgrad", y, x, into, into, "relu", [kernel] * 2, *geometry)
     add("conv_wgrad", y, x, None, None, "none", [kernel] * 2, *geometry, wide=wide)
-for dtype, c in itertools.product(DTYPES, (64, 24)):
-    x = image(32, c, 56, 56, dtype=dtype, layout=torch.channels_last)
-    centre = vector(c, dtype)
+
+
+def add_chain(
+    dtype: torch.dtype, c: int, k: int, side: int, kernel: int, stride: int, groups: int
+) -> None:
+    x, y = (image(32, n, side, side, dtype=dtype, layout=torch.channels_last) for n in (c, k))
+    weight = image(k, c // groups, kernel, kernel, dtype=dtype, layout=torch.channels_last)
+    geometry = ([1, 1], [kernel // 2] * 2, [1, 1], groups)
+    into, of = vector(c, dtype), vector(k, dtype)
+    prologue, gradient = (into, into, "relu"), (y, y, of, of, of)
+    add("bn_act_conv_stats", x, *prologue, weight, *geometry)
+    add("bn_act_conv_bn_act", x, *prologue, weight, of, of, y, *geometry, "relu")
+    mask = (x, into, into, into, into)
+    add("bn_backward_conv_dgrad", *gradient, weight, x, *mask, [side, side], *geometry)
+    source = (x, into, into, into, "relu")
+    add("bn_backward_conv_wgrad", *gradient, *source, [kernel] * 2, *geometry)
+    if kernel == 1:
+        matrix = torch.empty(c, c, dtype=dtype, device="meta")
+        rest = (into, "relu", matrix, into, None, into, into)
+        add("bn_act_gram_backward", y, weight, x, into, into, *rest)
+
+
+for dtype in DTYPES:
+    every = dtype in (torch.bfloat16, torch.float32)
+    for convolution in CONVOLUTIONS if every else CONVOLUTIONS[:3]:
+        add_convolution(dtype, *convolution)
+    for convolution in CONVOLUTIONS[:3] if every else CONVOLUTIONS[1:2]:
+        add_chain(dtype, *convolution)
+    x = image(32, 64, 56, 56, dtype=dtype, layout=torch.channels_last)
+    centre = vector(64, dtype)
     add("bn_act_gram", x, centre, centre, centre, "relu", 1)
-    add("bn_act_gram", x, None, None, centre, "none", 2)
+    ragged = image(32, 24, 56, 56, dtype=dtype, layout=torch.channels_last)
+    centre = vector(24, dtype)
+    add("bn_act_gram", ragged, None, None, centre, "none", 2)

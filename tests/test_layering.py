@@ -19,7 +19,7 @@ AUXILIARY = {
     "conv_dgrad_": "conv_dgrad",
     "conv_pack": "conv_bn_act",
 }
-OPS = [op for op in DECLARED if op not in AUXILIARY]
+OPS = [op for op in DECLARED if op not in (*AUXILIARY, *engines.CHAIN_OPS)]
 
 
 def rules():
@@ -48,7 +48,7 @@ def test_schema_is_read_as_it_is_registered():
 
 def test_ops_are_those_that_engines_choose_for():
     assert sorted(OPS) == sorted(engines.OPS)
-    assert {op for ops in ENGINES.values() for op in ops} == set(OPS)
+    assert {op for ops in ENGINES.values() for op in ops} == {*OPS, *engines.CHAIN_OPS}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -65,6 +65,13 @@ def test_op_stands_in_every_column(op):
         assert set(signature(getattr(functional, op))) == set(names)
 
 
+@pytest.mark.parametrize("op", engines.CHAIN_OPS)
+def test_op_of_chains_is_declared_as_specified(op):
+    schema = getattr(torch.ops.fused_resnet_triton, op).default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert signature(engines.implementation(op, "reference")) == names
+
+
 @pytest.mark.parametrize("op", [op for op in OPS if op != "bn_scale_shift"])
 def test_cpu_kernel_is_in_the_file_of_its_name(op):
     assert (KERNELS / "cpu" / f"{op}.cpp").is_file()
@@ -72,7 +79,7 @@ def test_cpu_kernel_is_in_the_file_of_its_name(op):
 
 def test_cuda_and_triton_kernels_are_named_after_ops():
     shared = {"bn_gradient", "checks", "launch", "ops", "pooling", "reductions", "tiles"}
-    shared |= {f"conv_{name}" for name in ("configs", "gemm", "launch", "shapes")}
+    shared |= {f"conv_{name}" for name in ("chain", "configs", "gemm", "launch", "shapes", "sums")}
     for path in [*(KERNELS / "cuda").glob("*.cu"), *(ROOT / "triton_kernels").glob("[a-z]*.py")]:
         assert path.stem in OPS or (path.suffix == ".py" and path.stem in shared), path
 

@@ -18,6 +18,13 @@ from .bn_finalize import bn_finalize
 from .bn_scale_shift import bn_scale_shift
 from .bn_stats import bn_stats
 from .conv_bn_act import conv_bn_act
+from .conv_chain import (
+    bn_act_conv_bn_act,
+    bn_act_conv_stats,
+    bn_act_gram_backward,
+    bn_backward_conv_dgrad,
+    bn_backward_conv_wgrad,
+)
 from .conv_dgrad import conv_dgrad, conv_dgrad_
 from .conv_wgrad import conv_wgrad
 from .eltwise_act import eltwise_act
@@ -31,11 +38,16 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     bn_act_backward,
     bn_act_backward_,
     bn_act_backward_reduce,
+    bn_act_conv_bn_act,
+    bn_act_conv_stats,
     bn_act_gram,
+    bn_act_gram_backward,
     bn_act_maxpool,
     bn_act_maxpool_backward,
     bn_act_maxpool_backward_reduce,
     bn_act_maxpool_train,
+    bn_backward_conv_dgrad,
+    bn_backward_conv_wgrad,
     bn_finalize,
     bn_scale_shift,
     bn_stats,

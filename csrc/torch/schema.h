@@ -68,6 +68,28 @@ inline constexpr const char* kOps[] = {
     "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"
     " int[] stride, int[] padding, int[] dilation, int groups, str act, Tensor? packed=None)"
     " -> Tensor",
+
+    // Those of chains, which the Triton engine has: each is the chain of ops that its name says.
+    "bn_act_conv_stats(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor weight,"
+    " int[] stride, int[] padding, int[] dilation, int groups)"
+    " -> (Tensor y, Tensor mean, Tensor m2)",
+
+    "bn_act_conv_bn_act(Tensor x, Tensor? in_scale, Tensor? in_shift, str in_act, Tensor weight,"
+    " Tensor? scale, Tensor? shift, Tensor? residual, int[] stride, int[] padding, int[] dilation,"
+    " int groups, str act) -> Tensor",
+
+    "bn_backward_conv_dgrad(Tensor grad, Tensor? y, Tensor a, Tensor? b, Tensor? c, Tensor weight,"
+    " Tensor? added, Tensor? x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? invstd,"
+    " int[] input_size, int[] stride, int[] padding, int[] dilation, int groups)"
+    " -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
+
+    "bn_backward_conv_wgrad(Tensor grad, Tensor? y, Tensor? a, Tensor? b, Tensor? c, Tensor x,"
+    " Tensor? scale, Tensor? shift, Tensor? center, str act, int[] kernel_size, int[] stride,"
+    " int[] padding, int[] dilation, int groups) -> Tensor",
+
+    "bn_act_gram_backward(Tensor grad, Tensor weight, Tensor x, Tensor? scale, Tensor? shift,"
+    " Tensor center, str act, Tensor matrix, Tensor offset, Tensor? added, Tensor? mean,"
+    " Tensor? invstd) -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
 };
 
 inline void declare(torch::stable::detail::StableLibrary& library) {

@@ -1,0 +1,201 @@
+"""The ops of chains: each is the chain of ops that its name says, in one pass over memory.
+
+The specification is made of functions that are held against torch elsewhere, so that it stands for
+eager torch here.
+"""
+
+import pytest
+import torch
+from cases import LAYOUTS, Source, channels_last, of_tensors, over_backends, placed, shadow, verify
+from conv_cases import GEOMETRIES, GROUPED, Conv
+
+from fused_resnet import engines, reference_chain
+
+#: A tile and more in every direction, strides with and without taps in every phase, a stem, groups.
+CASES = [
+    Conv(2, (17, 20), (9, 10)),
+    Conv(2, (16, 24), (8, 9), stride=(2, 2)),
+    Conv(1, (12, 8), (13, 12), kernel=(1, 1), padding=(0, 0)),
+    Conv(2, (9, 17), (7, 6), kernel=(1, 1), stride=(2, 2), padding=(0, 0)),
+    GEOMETRIES[0],
+    GROUPED[2],
+    Conv(0),
+]
+over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+over_types = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.float64], ids=str
+)
+over_whether = pytest.mark.parametrize("whole", [True, False])
+
+
+def vectors(source, channels, *names):
+    made = source.batch_norm(channels)
+    return [made[name] for name in names]
+
+
+def images(case, source):
+    """x, weight, and what is like the output."""
+    taps = case.kernel[0] * case.kernel[1] * case.channels[0] // case.groups
+    weight = source.normal(case.channels[1], case.channels[0] // case.groups, *case.kernel)
+    return (
+        source.normal(case.batch, case.channels[0], *case.size),
+        weight / taps**0.5,
+        source.normal(case.batch, case.channels[1], *case.out_size),
+    )
+
+
+def geometry(case):
+    return [*(list(p) for p in (case.stride, case.padding, case.dilation)), case.groups]
+
+
+def bn_act_conv_stats(case, source, whole):
+    x, weight, _ = images(case, source)
+    prologue = [*vectors(source, case.channels[0], "gamma", "beta"), "relu"]
+    return [x, *(prologue if whole else [None, None, "none"]), weight, *geometry(case)]
+
+
+def bn_act_conv_bn_act(case, source, whole):
+    x, weight, residual = images(case, source)
+    prologue = [*vectors(source, case.channels[0], "gamma", "beta"), "relu"]
+    epilogue = [*vectors(source, case.channels[1], "gamma", "beta"), residual]
+    if whole:
+        return [x, *prologue, weight, *epilogue, *geometry(case), "relu"]
+    return [x, None, None, "relu", weight, None, None, None, *geometry(case), "none"]
+
+
+def gradient(case, source, whole):
+    """grad, y, a, b and c."""
+    grad, y = (images(case, source)[2] for _ in range(2))
+    a, b, c = vectors(source, case.channels[1], "gamma", "beta", "mean")
+    return [grad, y, a, b, c] if whole else [grad, None, a, None, None]
+
+
+def bn_backward_conv_dgrad(case, source, whole):
+    x, weight, _ = images(case, source)
+    rest = [None] * 6
+    if whole:
+        rest = [x.flip(0), x, *vectors(source, case.channels[0], "gamma", "beta", "mean", "var")]
+    given = [*gradient(case, source, whole), weight, *rest]
+    return [*given, list(case.size), *geometry(case)]
+
+
+def bn_backward_conv_wgrad(case, source, whole):
+    x = images(case, source)[0]
+    prologue = [None, None, None, "none"]
+    if whole:
+        prologue = [*vectors(source, case.channels[0], "gamma", "beta", "mean"), "relu"]
+    given = [*gradient(case, source, whole), x, *prologue]
+    return [*given, list(case.kernel), *geometry(case)]
+
+
+def bn_act_gram_backward(case, source, whole):
+    pixels = Conv(case.batch, case.channels, case.size, (1, 1), padding=(0, 0))
+    x, weight, grad = images(pixels, source)
+    channels = case.channels[0]
+    scale, shift, center, mean = vectors(source, channels, "gamma", "beta", "mean", "mean")
+    invstd, offset = vectors(source, channels, "var", "beta")
+    matrix = source.normal(channels, channels)
+    if whole:
+        return [
+            grad,
+            weight,
+            x,
+            scale,
+            shift,
+            center,
+            "relu",
+            matrix,
+            offset,
+            x.flip(0),
+            mean,
+            invstd,
+        ]
+    return [grad, weight, x, None, None, center, "none", matrix, offset, None, None, None]
+
+
+INPUTS = {
+    f.__name__: f
+    for f in (
+        bn_act_conv_stats,
+        bn_act_conv_bn_act,
+        bn_backward_conv_dgrad,
+        bn_backward_conv_wgrad,
+        bn_act_gram_backward,
+    )
+}
+
+
+def check(op, backend, make):
+    """By the rule; what is rounded between the ops is rounded so by eager torch, too."""
+
+    def ours(given):
+        return engines.implementation(op, engines.wish())(*given)
+
+    def eager(given):
+        return getattr(reference_chain, op)(*given)
+
+    verify(backend, ours, eager, lambda seed: {"given": make(seed)})
+
+
+def test_all_are_tested():
+    assert sorted(INPUTS) == sorted(engines.CHAIN_OPS)
+
+
+def over(op):
+    return over_backends(op)
+
+
+@over(engines.CHAIN_OPS[0])
+@over_types
+@over_cases
+@over_whether
+@pytest.mark.parametrize("op", INPUTS)
+def test_cases(op, whole, case, dtype, backend):
+    check(
+        op,
+        backend,
+        lambda seed: of_tensors(channels_last, INPUTS[op](case, Source(seed, dtype), whole)),
+    )
+
+
+@over(engines.CHAIN_OPS[0])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "negative"])
+@pytest.mark.parametrize("op", INPUTS)
+def test_layouts(op, layout, backend):
+    def make(seed):
+        return of_tensors(LAYOUTS[layout], INPUTS[op](CASES[0], Source(seed, torch.float32), True))
+
+    check(op, backend, make)
+
+
+@over_cases
+@over_whether
+@pytest.mark.parametrize("op", INPUTS)
+def test_fake_kernels(op, whole, case):
+    given = of_tensors(channels_last, INPUTS[op](case, Source(0, torch.float16), whole))
+    fake = getattr(torch.ops.fused_resnet_triton, op).default(*shadow(given))
+    real = engines.implementation(op, "reference")(*given)
+    for a, b in zip(fake, real, strict=True) if isinstance(fake, tuple) else [(fake, real)]:
+        assert placed(a) == placed(b)
+
+
+@pytest.mark.parametrize(
+    ("op", "at", "value", "words"),
+    [
+        ("bn_act_conv_stats", 1, None, "scale, shift must be given together"),
+        ("bn_act_conv_stats", 3, "gelu", 'act must be "none" or "relu"'),
+        ("bn_act_conv_bn_act", 7, torch.ones(2, 20, 9, 9), "residual must have shape"),
+        ("bn_backward_conv_dgrad", 1, None, "y, b must be given together"),
+        ("bn_backward_conv_dgrad", 7, None, "x, scale, shift, mean, invstd must be given together"),
+        ("bn_backward_conv_wgrad", 5, torch.ones(2, 17, 9, 9), "grad must have shape"),
+        ("bn_act_gram_backward", 7, torch.ones(17, 16), "matrix must have shape"),
+    ],
+)
+@over(engines.CHAIN_OPS[0])
+def test_bad_input(op, at, value, words, backend):
+    if backend.engine == "reference":
+        return
+    given = INPUTS[op](CASES[0], Source(0, torch.float32), True)
+    given[at] = value
+    with pytest.raises(RuntimeError, match=f"{op}: {words}"):
+        engines.implementation(op, backend.engine)(*given)
