@@ -229,6 +229,16 @@ def suits(op: str, channels_last: bool, weight: Sequence[int] = (), groups: int 
     return channels_last and groups == 1
 
 
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """Whether torch's convolutions multiply float32 as TF32, which has float16's precision.
+
+    A compiled program keeps the answer of when it was traced. CPUs have no TF32.
+    """
+    setting = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return torch.cuda.is_available() and setting.fp32_precision == "tf32"
+
+
 def implementation(op: str, engine: str) -> Callable[..., Any]:
     """The callable that runs ``op`` on ``engine``; all take the arguments of the op's schema."""
     if engine == "reference":
@@ -236,4 +246,8 @@ def implementation(op: str, engine: str) -> Callable[..., Any]:
         return getattr(reference_training if op in TRAINING_OPS else where, op)
     if engine == "vendor" and op.removesuffix("_") in _CONVOLUTIONS:
         return getattr(vendor, op)
-    return getattr(getattr(torch.ops, LIBRARIES[engine].namespace), op).default
+    implemented = getattr(getattr(torch.ops, LIBRARIES[engine].namespace), op).default
+    # Triton's kernels are launched from Python, and ask there.
+    if op.removesuffix("_") in _CONVOLUTIONS and engine != "triton" and allows_tf32():
+        return functools.partial(implemented, tf32=True)
+    return implemented

@@ -166,6 +166,7 @@ def _conv_dgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    tf32: bool = False,
 ) -> Tensor:
     shape = (grad.size(0), weight.size(1) * groups, *input_size)
     return reference.empty_image(grad, shape, grad, weight)
@@ -180,6 +181,7 @@ def _conv_dgrad_(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    tf32: bool = False,
 ) -> None:
     return None
 
@@ -195,6 +197,7 @@ def _conv_wgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    tf32: bool = False,
 ) -> Tensor:
     return torch.empty(
         (grad.size(1), x.size(1) // groups, *kernel_size),

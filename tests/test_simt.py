@@ -125,6 +125,30 @@ def test_convolution_in_every_tile(drivers, dtype, build, orders):
         passing(drivers[build], order, "conv", dtype)
 
 
+@pytest.mark.parametrize("op", ["conv_bn_act", "conv_dgrad", "conv_wgrad"])
+def test_tf32_is_taken_where_torch_takes_it(simt, monkeypatch, op):
+    """Then products are rounded to 11 bits, and never otherwise."""
+    x, weight = torch.randn(1, 16, 5, 6), torch.randn(16, 16, 3, 3)
+    geometry = [[1, 1], [1, 1], [1, 1], 1]
+    arguments = {
+        "conv_bn_act": (x, weight, None, None, None, *geometry, "none"),
+        "conv_dgrad": (x, weight, None, [5, 6], *geometry),
+        "conv_wgrad": (x, x, None, None, "none", [3, 3], *geometry),
+    }[op]
+    exact = engines.implementation(op, "reference")(
+        *(t.double() if isinstance(t, torch.Tensor) else t for t in arguments)
+    )
+
+    def error():
+        result = engines.implementation(op, "simt")(*arguments)
+        return float((result - exact).abs().max() / exact.abs().max())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert error() < 2**-20
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert 2**-16 < error() < 2**-9
+
+
 def test_engine_has_the_ops_of_the_cuda_library(simt):
     assert engines.registered(NAMESPACE, "CPU") == EMULATED["simt"].ops
     if native.cuda_why_not is None:
@@ -148,7 +172,9 @@ def test_kernels_under_sanitizers():
         for name in ("libasan.so", "libstdc++.so")  # ASan looks for what throws when it starts
     ]
     files = [f"tests/test_{op}.py" for op in sorted(EMULATED["simt"].ops)]
-    options = ["-q", "-k", "simt and test_shapes", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    convolutions = "test_epilogues or test_without_added or test_prologues or test_activations"
+    chosen = f"simt and (test_shapes or bfloat16 and ({convolutions}))"
+    options = ["-q", "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         cwd=ROOT,

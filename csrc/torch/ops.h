@@ -289,12 +289,13 @@ Tensor conv_pack(Tensor weight, int64_t groups) {
 template <class Device>
 Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift,
                    MaybeTensor residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
-                   std::string act, MaybeTensor packed) {
+                   std::string act, MaybeTensor packed, bool tf32) {
   constexpr const char* kOp = "conv_bn_act";
   check_dim(kOp, "x", x, 4);
   ConvBnActArgs args{};
   args.dtype = dtype_of(kOp, "x", x);
   args.act = act_of(kOp, act);
+  args.tf32 = tf32;
   ConvShape& s = args.shape;
   s = conv_shape(kOp, weight, groups);
   check_like(kOp, "weight", weight, x);

@@ -38,10 +38,11 @@ struct ConvDgradTensors {
 
 template <class Device>
 Tensor conv_dgrad(Tensor grad, Tensor weight, MaybeTensor added, Ints input_size, Ints stride,
-                  Ints padding, Ints dilation, int64_t groups) {
+                  Ints padding, Ints dilation, int64_t groups, bool tf32) {
   constexpr const char* kOp = "conv_dgrad";
   ConvDgradTensors in{grad, weight, added};
   ConvDgradArgs args = in.describe(kOp, input_size, stride, padding, dilation, groups);
+  args.tf32 = tf32;
   const ConvShape& s = args.shape;
   const bool channels_last = suggests_channels_last(grad) || suggests_channels_last(weight);
   Tensor dx = new_output(grad, {s.batch, s.in_channels, s.height, s.width}, true);
@@ -52,10 +53,11 @@ Tensor conv_dgrad(Tensor grad, Tensor weight, MaybeTensor added, Ints input_size
 
 template <class Device>
 void conv_dgrad_(Tensor grad, Tensor weight, Tensor added, Ints input_size, Ints stride,
-                 Ints padding, Ints dilation, int64_t groups) {
+                 Ints padding, Ints dilation, int64_t groups, bool tf32) {
   constexpr const char* kOp = "conv_dgrad_";
   ConvDgradTensors in{grad, weight, added};
   ConvDgradArgs args = in.describe(kOp, input_size, stride, padding, dilation, groups);
+  args.tf32 = tf32;
   // What is not channels_last is worked on in a copy and written back.
   args.dx = in.added->mutable_data_ptr();
   check_status(kOp, Device(added).launch(args));
@@ -64,13 +66,15 @@ void conv_dgrad_(Tensor grad, Tensor weight, Tensor added, Ints input_size, Ints
 
 template <class Device>
 Tensor conv_wgrad(Tensor grad, Tensor x, MaybeTensor scale, MaybeTensor shift, std::string act,
-                  Ints kernel_size, Ints stride, Ints padding, Ints dilation, int64_t groups) {
+                  Ints kernel_size, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                  bool tf32) {
   constexpr const char* kOp = "conv_wgrad";
   check_dim(kOp, "grad", grad, 4);
   check_dim(kOp, "x", x, 4);
   ConvWgradArgs args{};
   args.dtype = dtype_of(kOp, "grad", grad);
   args.act = act_of(kOp, act);
+  args.tf32 = tf32;
   check_like_grad(kOp, "x", x, grad);
   check_pair(kOp, "kernel_size", kernel_size, 1);
   FR_CHECK(groups >= 1 && x.size(1) % groups == 0 && grad.size(1) % groups == 0, kOp,

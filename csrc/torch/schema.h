@@ -55,19 +55,20 @@ inline constexpr const char* kOps[] = {
     " str act) -> Tensor[]",
 
     "conv_dgrad(Tensor grad, Tensor weight, Tensor? added, int[] input_size, int[] stride,"
-    " int[] padding, int[] dilation, int groups) -> Tensor",
+    " int[] padding, int[] dilation, int groups, bool tf32=False) -> Tensor",
 
     "conv_dgrad_(Tensor grad, Tensor weight, Tensor(a!) added, int[] input_size, int[] stride,"
-    " int[] padding, int[] dilation, int groups) -> ()",
+    " int[] padding, int[] dilation, int groups, bool tf32=False) -> ()",
 
     "conv_wgrad(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act,"
-    " int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    " int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups,"
+    " bool tf32=False) -> Tensor",
 
     "conv_pack(Tensor weight, int groups) -> Tensor",
 
     "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"
-    " int[] stride, int[] padding, int[] dilation, int groups, str act, Tensor? packed=None)"
-    " -> Tensor",
+    " int[] stride, int[] padding, int[] dilation, int groups, str act, Tensor? packed=None,"
+    " bool tf32=False) -> Tensor",
 
     // Those of chains, which the Triton engine has: each is the chain of ops that its name says.
     "bn_act_conv_stats(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor weight,"
