@@ -117,6 +117,12 @@ def over_backends(op: str, isa: bool = False, emulated: bool = True) -> pytest.M
     return pytest.mark.parametrize("backend", params)
 
 
+def over_raw_backends(op: str) -> pytest.MarkDecorator:
+    """The backends that have ``op`` as a dispatcher's op of their own, in-place form included."""
+    raw = [p for p in backends(op) if p.values[0].engine in engines.LIBRARIES.keys() - {"vendor"}]
+    return pytest.mark.parametrize("backend", raw)
+
+
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 over_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 

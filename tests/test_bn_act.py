@@ -16,6 +16,7 @@ from cases import (
     over_backends,
     over_dtypes,
     over_layouts,
+    over_raw_backends,
     per_channel,
     placed,
     scale_shift,
@@ -28,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import within_rounding
 
-from fused_resnet import functional
+from fused_resnet import engines, functional
 
 OP = torch.ops.fused_resnet.bn_act.default
 IN_PLACE = torch.ops.fused_resnet.bn_act_.default
@@ -104,15 +105,18 @@ def raw_arguments(x, bn, residual, act="relu"):
     return (x, *scale_shift(**bn), residual, act)
 
 
+@over_raw_backends("bn_act")
 @over_dtypes
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"expanded"}))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_in_place_gives_the_same_bits(shape, layout, dtype):
+def test_in_place_gives_the_same_bits(shape, layout, dtype, backend):
+    op, in_place = (engines.implementation(f"bn_act{form}", backend.engine) for form in ("", "_"))
     args = raw_arguments(**of_tensors(LAYOUTS[layout], inputs(0, shape, dtype)))
-    expected = OP(*args)
+    args = of_tensors(lambda t: t.to(backend.device), args)
+    expected = op(*args)
     for threads in (1, 2):
         given = copied(args)
-        assert at_threads(threads, IN_PLACE, *given) is None
+        assert at_threads(threads, in_place, *given) is None
         assert torch.equal(bits(given[0]), bits(expected))
         assert given[0].stride() == args[0].stride()
         assert_identical(given[1:], args[1:], "inputs")

@@ -17,6 +17,7 @@ from cases import (
     over_backends,
     over_dtypes,
     over_layouts,
+    over_raw_backends,
     per_channel,
     placed,
     shadow,
@@ -152,17 +153,20 @@ def test_opcheck(mask, layout):
     torch.library.opcheck(OP, tuple(made.values()))
 
 
+@over_raw_backends("bn_act_backward_reduce")
 @over_dtypes
-def test_mask_of_x_is_that_of_the_stored_activation(dtype):
+def test_mask_of_x_is_that_of_the_stored_activation(dtype, backend):
     """Also where rounding makes a positive number zero."""
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     x = torch.tensor([1.0, 2.0, 4.0, 8.0, -1.0]).to(dtype).view(1, 1, 1, 5)
     work = torch.float64 if dtype == torch.float64 else torch.float32
     scale, shift = torch.full((1,), least / 4, dtype=work), torch.zeros(1, dtype=work)
-    out = torch.ops.fused_resnet.bn_act(x, scale, shift, None, "relu")
-    rest = (scale, shift, torch.zeros(1, dtype=work), torch.ones(1, dtype=work), "relu")
+    vectors = (scale, shift, torch.zeros(1, dtype=work), torch.ones(1, dtype=work))
+    x, *vectors = (t.to(backend.device) for t in (x, *vectors))
+    out = engines.implementation("bn_act", backend.engine)(x, *vectors[:2], None, "relu")
+    op = engines.implementation("bn_act_backward_reduce", backend.engine)
     grad = torch.ones_like(x)
-    assert_identical(OP(grad, x, None, *rest), OP(grad, x, out, *rest))
+    assert_identical(op(grad, x, None, *vectors, "relu"), op(grad, x, out, *vectors, "relu"))
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
