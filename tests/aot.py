@@ -79,7 +79,7 @@ def specialize(this: launch.Launch) -> Kernel:
             signature[name] = kind(next(arguments), (i,))
     unused = [*arguments, *(set(this.meta) - set(signature) - set(_OPTIONS))]
     if unused:
-        raise SystemExit(f"{this.kernel.fn.__module__}: arguments left over: {unused}")
+        raise SystemExit(f"{this.kernel.fn.__name__}: arguments left over: {unused}")
     options = {name: this.meta[name] for name in _OPTIONS if name in this.meta}
     return Kernel(signature, constants, attributes, {**options, **launch.OPTIONS})
 
@@ -151,7 +151,7 @@ def main() -> int:
     for arch, case, config in work:
         for this in launches(case, arch, config):
             kernel = specialize(this)
-            name = f"{this.kernel.fn.__module__.rpartition('.')[2]}.{this.kernel.fn.__name__}"
+            name = this.kernel.fn.__name__
             key = repr((arch, name, kernel, case.wide))
             if key in done:
                 continue

@@ -12,7 +12,7 @@ from .launch import launch
 
 
 @triton.jit
-def kernel(
+def bn_act_kernel(
     x,
     scale,
     shift,
@@ -72,7 +72,7 @@ def _run(
     config = tiles.config_for(out, out.numel())
     tile = extent.tile(config.elements)
     launch(
-        kernel,
+        bn_act_kernel,
         (extent.programs(tile),),
         reads=[dense, scale, shift, residual],
         writes=[out],

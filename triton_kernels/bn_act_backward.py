@@ -11,7 +11,7 @@ from .launch import launch
 
 
 @triton.jit
-def kernel(
+def bn_act_backward_kernel(
     grad,
     x,
     out,
@@ -70,7 +70,7 @@ def _run(
     config = tiles.config_for(dx, dx.numel())
     tile = extent.tile(config.elements)
     launch(
-        kernel,
+        bn_act_backward_kernel,
         (extent.programs(tile),),
         reads=[*given, *sums],
         writes=[dx],

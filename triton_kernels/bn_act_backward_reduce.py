@@ -10,7 +10,7 @@ from .launch import launch
 
 
 @triton.jit
-def kernel(
+def bn_act_backward_reduce_kernel(
     grad,
     x,
     out,
@@ -68,7 +68,7 @@ def bn_act_backward_reduce(
     plan = reductions.plan(given.grad)
     partials = plan.partials(grad, 2)
     launch(
-        kernel,
+        bn_act_backward_reduce_kernel,
         plan.grid,
         reads=[*given, mean, invstd],
         writes=partials,

@@ -17,7 +17,7 @@ from .pooling import Pooling
 
 
 @triton.jit
-def kernel(
+def bn_act_maxpool_kernel(
     x,
     scale,
     shift,
@@ -96,7 +96,7 @@ def run(
     config = tiles.config_for(out, out.numel())
     tile = extent.tile(min(config.elements, pooling.MOST_ELEMENTS))
     launch(
-        kernel,
+        bn_act_maxpool_kernel,
         (extent.programs(tile),),
         reads=[x.contiguous(memory_format=memory_format(x)), scale, shift],
         writes=[out, argmax],

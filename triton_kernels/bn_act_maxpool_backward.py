@@ -18,7 +18,7 @@ from .pooling import Pooling
 
 
 @triton.jit
-def kernel(
+def bn_act_maxpool_backward_kernel(
     grad,
     out,
     argmax,
@@ -110,7 +110,7 @@ def bn_act_maxpool_backward(
     config = tiles.config_for(dx, dx.numel())
     tile = extent.tile(min(config.elements, pooling.MOST_ELEMENTS))
     launch(
-        kernel,
+        bn_act_maxpool_backward_kernel,
         (extent.programs(tile),),
         reads=[*pooled, x.contiguous(memory_format=layout), scale, *sums],
         writes=[dx],

@@ -13,7 +13,7 @@ from .pooling import Pooling
 
 
 @triton.jit
-def kernel(
+def bn_act_maxpool_backward_reduce_kernel(
     grad,
     out,
     argmax,
@@ -97,7 +97,7 @@ def bn_act_maxpool_backward_reduce(
     partials = plan.partials(x, 2)
     sizes = (*x.shape[1:], *grad.shape[2:])
     launch(
-        kernel,
+        bn_act_maxpool_backward_reduce_kernel,
         plan.grid,
         reads=[*pooled, x.contiguous(memory_format=layout), mean, invstd],
         writes=partials,

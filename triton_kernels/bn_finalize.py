@@ -12,7 +12,7 @@ from .launch import bits, launch
 
 
 @triton.jit
-def kernel(
+def bn_finalize_kernel(
     mean,
     m2,
     weight,
@@ -93,7 +93,7 @@ def bn_finalize(
         dense_var = vector(op, "running_var", running_var, channels, kind, mean)
     scale, shift, invstd = (mean.new_empty(channels) for _ in range(3))
     launch(
-        kernel,
+        bn_finalize_kernel,
         (triton.cdiv(channels, tiles.VECTOR),),
         reads=[mean.contiguous(), m2, weight, bias],
         writes=[dense_mean, dense_var, scale, shift, invstd],

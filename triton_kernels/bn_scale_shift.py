@@ -12,7 +12,7 @@ from .launch import bits, launch
 
 
 @triton.jit
-def kernel(mean, var, weight, bias, scale, shift, channels, eps, BC: tl.constexpr):
+def bn_scale_shift_kernel(mean, var, weight, bias, scale, shift, channels, eps, BC: tl.constexpr):
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = channel < channels
     variance = tl.load(var + channel, mask=mask, other=1).to(tl.float64)
@@ -51,7 +51,7 @@ def bn_scale_shift(
         running_mean.new_empty(channels, dtype=accumulation_dtype(dtype)) for _ in range(2)
     )
     launch(
-        kernel,
+        bn_scale_shift_kernel,
         (triton.cdiv(channels, tiles.VECTOR),),
         reads=reads,
         writes=[scale, shift],

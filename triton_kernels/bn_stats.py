@@ -22,7 +22,7 @@ def finite(x):
 
 
 @triton.jit
-def kernel(
+def bn_stats_kernel(
     x,
     means,
     m2s,
@@ -69,7 +69,7 @@ def kernel(
 
 
 @triton.jit
-def finish_kernel(
+def bn_stats_finish_kernel(
     means,
     m2s,
     mean,
@@ -113,7 +113,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     plan = reductions.plan(x)
     partials = plan.partials(x, 2)
     launch(
-        kernel,
+        bn_stats_kernel,
         plan.grid,
         reads=[x],
         writes=partials,
@@ -123,7 +123,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     channels = x.size(1)
     mean, m2 = (x.new_empty(channels, dtype=accumulation_dtype(x.dtype)) for _ in range(2))
     launch(
-        finish_kernel,
+        bn_stats_finish_kernel,
         (triton.cdiv(channels, reductions.CHANNELS),),
         reads=partials,
         writes=[mean, m2],

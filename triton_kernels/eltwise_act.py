@@ -13,7 +13,9 @@ from .launch import bits, launch
 
 
 @triton.jit
-def kernel(inputs, out, coeff, numel, OP: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr):
+def eltwise_act_kernel(
+    inputs, out, coeff, numel, OP: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
     result = tiles.load(inputs[0], at, mask)
@@ -64,7 +66,7 @@ def eltwise_act(
     out = torch.empty_like(first)
     config = tiles.config_for(out, out.numel())
     launch(
-        kernel,
+        eltwise_act_kernel,
         (triton.cdiv(out.numel(), config.elements),),
         reads=[tuple(laid_out_as(t, out) for t in inputs)],
         writes=[out],

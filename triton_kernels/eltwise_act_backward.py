@@ -14,7 +14,7 @@ from .launch import launch
 
 
 @triton.jit
-def kernel(
+def eltwise_act_backward_kernel(
     grad,
     out,
     inputs,
@@ -83,7 +83,7 @@ def eltwise_act_backward(
     layout = grads[0]
     config = tiles.config_for(layout, layout.numel())
     launch(
-        kernel,
+        eltwise_act_backward_kernel,
         (triton.cdiv(layout.numel(), config.elements),),
         reads=[
             laid_out_as(grad, layout),

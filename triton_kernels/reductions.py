@@ -43,7 +43,7 @@ def put(partials, run, channel, channels, total):
 
 
 @triton.jit
-def finish_kernel(partials, sums, runs, channels, ROWS: tl.constexpr, BC: tl.constexpr):
+def add_up_kernel(partials, sums, runs, channels, ROWS: tl.constexpr, BC: tl.constexpr):
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     for k in tl.static_range(len(sums)):
         added = tl.zeros([ROWS, BC], tl.float64)
@@ -95,7 +95,7 @@ def finish(partials: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
     """Add up the rows of each table into a vector."""
     runs, channels = partials[0].shape
     launch(
-        finish_kernel,
+        add_up_kernel,
         (triton.cdiv(channels, CHANNELS),),
         reads=[tuple(partials)],
         writes=[tuple(sums)],

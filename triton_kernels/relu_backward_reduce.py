@@ -12,7 +12,7 @@ from .launch import launch
 
 
 @triton.jit
-def kernel(
+def relu_backward_reduce_kernel(
     grad,
     out,
     g,
@@ -52,7 +52,7 @@ def relu_backward_reduce(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     plan = reductions.plan(g)
     partials = plan.partials(grad, 1)
     launch(
-        kernel,
+        relu_backward_reduce_kernel,
         plan.grid,
         reads=[grad.contiguous(memory_format=layout), out.contiguous(memory_format=layout)],
         writes=[g, *partials],
