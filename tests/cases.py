@@ -75,18 +75,17 @@ def work(parameter: Any) -> int:
 def too_slow(parameters: dict[str, Any]) -> bool:
     """Whether a test with these parameters is left out; see tests/conftest.py.
 
-    Large ones are, and every type in every layout: copies to another are not what is emulated.
+    Large ones are. In Triton so is every type in every layout: it does not know where a tensor that
+    is not dense was copied from, and has one address for both formats.
     """
     backend = parameters.get("backend")
+    if not isinstance(backend, Backend) or not backend.emulated:
+        return False
+    if work([*parameters.values()]) > EMULATED[backend.engine].most:
+        return True
     copied = parameters.get("layout", "channels_last") != "channels_last"
-    return (
-        isinstance(backend, Backend)
-        and backend.emulated
-        and (
-            work([*parameters.values()]) > EMULATED[backend.engine].most
-            or (copied and parameters.get("dtype", torch.float32) != torch.float32)
-        )
-    )
+    other = parameters.get("dtype", torch.float32) != torch.float32
+    return backend.engine == "triton" and copied and other
 
 
 def interpreted_wrongly(parameters: dict[str, Any]) -> bool:
@@ -345,7 +344,8 @@ def verify(
         with fused_resnet.use_engine(backend.engine):
             result = ours(**given)
             with simt_engine.scheduled(seed) if backend.engine == "simt" else nullcontext():
-                assert_identical(ours(**given), result, "two runs")
+                if backend != ("cpu", "triton"):  # interpreted, in one order
+                    assert_identical(ours(**given), result, "two runs")
             if backend == ("cpu", "native"):
                 assert_identical(at_threads(1, ours, **given), result, "one thread and two")
         expected = eager(**given)

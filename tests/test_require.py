@@ -1,6 +1,5 @@
 """The options of conftest.py: a skip is counted, named and, where it is forbidden, a failure."""
 
-import os
 import subprocess
 import sys
 
@@ -38,14 +37,8 @@ def run(folder, *options: str) -> tuple[dict[str, int], str]:
         "no:cacheprovider",
         "--continue-on-collection-errors",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}  # what conftest.py imports
     done = subprocess.run(
-        [*command, *options],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [*command, *options], cwd=folder, capture_output=True, text=True, timeout=120
     )
     words = done.stdout.strip().splitlines()[-1].replace(",", "").split()
     counts = {words[i + 1].rstrip("s"): int(words[i]) for i in range(0, words.index("in"), 2)}
