@@ -1,5 +1,6 @@
 """The options of conftest.py: a skip is counted, named and, where it is forbidden, a failure."""
 
+import os
 import subprocess
 import sys
 
