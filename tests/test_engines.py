@@ -34,7 +34,10 @@ CHOICES = {
     ("bn_act", "xpu", torch.float32, "native", True): (EngineError, "no kernels for device 'xpu'"),
     ("bn_act", "cpu", torch.int32, "triton", True): (EngineError, "bn_act.*'triton'.*int32"),
     ("bn_act", "xpu", torch.float32, "triton", True): (EngineError, "no kernels for device 'xpu'"),
-    ("bn_act", "cuda", torch.float32, "native", True): (EngineError, "bn_act.*'native'"),
+    ("bn_act", "cuda", torch.float8_e4m3fn, "native", True): (
+        EngineError,
+        "bn_act.*'native'.*float8",
+    ),
 }
 
 

@@ -35,7 +35,7 @@ BUDGET = {
     "eltwise_act": Budget(registers=64, wide=12),
     "eltwise_act_backward": Budget(registers=64, wide=12),
     "bn_scale_shift": Budget(registers=64),
-    "bn_act": Budget(registers=80, wide=8),
+    "bn_act": Budget(registers=88, wide=8),
     "bn_stats": Budget(registers=96, shared=24576, wide=8),
     "bn_finalize": Budget(registers=64),
     "bn_act_backward_reduce": Budget(registers=128, shared=16384, wide=24),

@@ -171,7 +171,7 @@ struct ScalarSums {
   }
 
   __device__ __forceinline__ void multiply(const unsigned char* a, const unsigned char* b) {
-#pragma unroll 2
+#pragma unroll 1
     for (int chunk = 0; chunk < kRowChunks; ++chunk) {
       Vector<T, n> x[kMine], w[kMineAcross];
 #pragma unroll
