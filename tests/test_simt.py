@@ -173,8 +173,9 @@ def test_kernels_under_sanitizers():
     ]
     files = [f"tests/test_{op}.py" for op in sorted(EMULATED["simt"].ops)]
     convolutions = "test_epilogues or test_without_added or test_prologues or test_activations"
-    chosen = f"simt and (test_shapes or bfloat16 and ({convolutions}))"
-    options = ["-q", "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    shapes = "test_shapes and (float32 or bfloat16)"
+    chosen = f"simt and ({shapes} or bfloat16 and ({convolutions}))"
+    options = ["-q", "-s", "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         cwd=ROOT,

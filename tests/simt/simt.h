@@ -67,6 +67,7 @@ inline bool set_schedule(const std::string& schedule, unsigned seed) {
   return true;
 }
 
+constexpr int kMostThreads = 1024;  // of a block, as on hardware
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int kWarp = 32;
 
@@ -97,7 +98,7 @@ struct Context {
 struct Fiber {
   enum { ready, waiting, done } state;
   Context context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  std::unique_ptr<char[]> stack;
   void* fake_stack;  // ASan's
   uint3 thread;
   Place place;
@@ -110,7 +111,8 @@ struct Fiber {
 
 using Memory = std::unique_ptr<char, decltype(&free)>;
 
-inline std::vector<Fiber> fibers;  // kept from launch to launch; the first `threads` are in use
+// Kept from launch to launch, where they are; the first `threads` are in use.
+inline std::vector<Fiber> fibers(kMostThreads);
 inline int threads, current;
 inline int arrived;                 // at the block's barrier
 inline std::exception_ptr failure;  // of a fiber; the others are abandoned where they are
@@ -306,6 +308,7 @@ inline void run_block(size_t shared_bytes) {
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     if (!fiber.context.begun) {
+      if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
       getcontext(&fiber.context.entry);
       fiber.context.entry.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.entry.uc_stack.ss_size = kStackBytes;
@@ -332,7 +335,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, void* /*stream*/,
   blockDim = block;
   threads = block.x * block.y * block.z;
   body = std::move(kernel);
-  if (fibers.size() < size_t(threads)) fibers.resize(threads);
+  if (threads > kMostThreads) fail("more than 1024 threads");
   std::vector<unsigned> blocks(grid.x * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
   if (order == Order::last_ahead) std::reverse(blocks.begin(), blocks.end());
