@@ -45,6 +45,8 @@ BUDGET = {
     "conv_bn_act": Budget(registers=168, wide=None),
     "conv_pack": Budget(registers=64),
     "conv_wgrad": Budget(registers=192, wide=None),
+    "bn_act_maxpool": Budget(registers=80, wide=4),
+    "bn_act_maxpool_train": Budget(registers=96, wide=4),
 }
 NO_KERNELS = {"conv_dgrad"}  # it launches conv_bn_act's
 

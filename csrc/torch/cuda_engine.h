@@ -64,6 +64,8 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("conv_dgrad", TORCH_BOX(&conv_dgrad<Device>));
   library.impl("conv_wgrad", TORCH_BOX(&conv_wgrad<Device>));
   library.impl("conv_dgrad_", TORCH_BOX(&conv_dgrad_<Device>));
+  library.impl("bn_act_maxpool", TORCH_BOX(&bn_act_maxpool<Device>));
+  library.impl("bn_act_maxpool_train", TORCH_BOX(&bn_act_maxpool_train<Device>));
 }
 
 }  // namespace fused_resnet::glue

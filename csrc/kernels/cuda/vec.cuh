@@ -146,6 +146,20 @@ inline bool vector_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
 }
 
+// n values of n channels. p must be aligned as a vector is where n is more than 1.
+template <int n, class A>
+__device__ __forceinline__ Wide<A, n> load_channels(const A* p) {
+  constexpr int kPiece = n * sizeof(A) < kVectorBytes ? n : kVectorBytes / sizeof(A);
+  Wide<A, n> values;
+#pragma unroll
+  for (int i = 0; i < n; i += kPiece) {
+    const Vector<A, kPiece> piece = load<kPiece>(p + i);
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) values.at[i + j] = piece.at[j];
+  }
+  return values;
+}
+
 // Calls f with a value of the storage type `dtype` stands for.
 template <class F>
 Status dispatch(DType dtype, const F& f) {
