@@ -47,6 +47,8 @@ BUDGET = {
     "conv_wgrad": Budget(registers=192, wide=None),
     "bn_act_maxpool": Budget(registers=80, wide=4),
     "bn_act_maxpool_train": Budget(registers=96, wide=4),
+    "bn_act_maxpool_backward": Budget(registers=64, wide=4),
+    "bn_act_maxpool_backward_reduce": Budget(registers=128, shared=16384, wide=8),
 }
 NO_KERNELS = {"conv_dgrad"}  # it launches conv_bn_act's
 

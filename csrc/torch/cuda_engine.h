@@ -66,6 +66,9 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("conv_dgrad_", TORCH_BOX(&conv_dgrad_<Device>));
   library.impl("bn_act_maxpool", TORCH_BOX(&bn_act_maxpool<Device>));
   library.impl("bn_act_maxpool_train", TORCH_BOX(&bn_act_maxpool_train<Device>));
+  library.impl("bn_act_maxpool_backward_reduce",
+               TORCH_BOX(&bn_act_maxpool_backward_reduce<Device>));
+  library.impl("bn_act_maxpool_backward", TORCH_BOX(&bn_act_maxpool_backward<Device>));
 }
 
 }  // namespace fused_resnet::glue

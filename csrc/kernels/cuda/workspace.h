@@ -17,5 +17,7 @@ int64_t workspace_bytes(const BnActGramArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvBnActArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvDgradArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvWgradArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const BnActMaxpoolBackwardReduceArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const BnActMaxpoolBackwardArgs& args, const Gpu& gpu);
 
 }  // namespace fused_resnet::cuda
