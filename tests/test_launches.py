@@ -92,6 +92,19 @@ def test_an_op_of_ours_is_one_launch():
     assert moved(found) == [3 * whole + 2 * C, 2 * whole + 2 * C, whole + 2 * C]
 
 
+def test_triton_says_what_it_launches():
+    ops = torch.ops.fused_resnet_triton
+
+    def ours(x, v):
+        ops.bn_act(x, v, v, None, "relu")
+        ops.bn_scale_shift(v, v, v, v, 1e-5)
+
+    found = counted(ours, IMAGE, (C,))
+    assert names(found) == ["bn_act", "bn_scale_shift"]
+    assert moved(found) == [2 * N * C * HW + 2 * C, 6 * C]
+    assert [launch.finalizes for launch in found] == [False, True]
+
+
 def test_what_touches_an_activation():
     image, weight, vector = (torch.empty(s, device="meta") for s in ((4, 8, 5, 5), (4, 8, 3, 3), 8))
     several = [
