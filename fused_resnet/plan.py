@@ -65,6 +65,16 @@ class Plan(NamedTuple):
     engine: str  #: the wish at the time of forward; backward runs elsewhere
     group: Any  #: processes whose batches count as one, or None
     memory: str  #: one of MEMORY
+    fused: bool = False  #: run by engines.CHAIN_OPS
+
+
+class Source(NamedTuple):
+    """What the input of a step is made of: ``act(x * scale + shift)``."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    act: str = "none"
 
 
 class Kept(NamedTuple):

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import moments
+from . import engines, moments
 from .moments import Gram, Moments, count_of, run
-from .plan import Kept, Params, Plan, Step, cast_weight, convolve, keeps_output, positions
-from .reference import accumulation_dtype
+from .plan import Kept, Params, Plan, Source, Step, cast_weight, convolve, keeps_output, positions
+from .reference import accumulation_dtype, suggests_channels_last
 from .training_backward import Backward, composite_backward
+from .training_fused import FusedBackward
 
 Values = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -100,23 +101,24 @@ def _centre(p: Params | None, z: Tensor, engine: str) -> Tensor:
 
 
 def _end(
-    plan: Plan, step: Step, p: Params, z: Tensor, source: tuple[Params, Kept] | None
+    plan: Plan, step: Step, p: Params, given: Source, source: tuple[Params, Kept] | None
 ) -> tuple[Kept, float]:
-    """A step that ends a chain, short of its normalisation.
+    """A step that ends a chain, short of its normalisation, of the input ``given``.
 
-    ``source``: the step before it, whose raw output and BatchNorm z came from; None: z is x.
+    ``source``: the step before it, whose raw output and BatchNorm that came from; None: from x.
     """
+    z = given.x
     for_memory = plan.memory != "fast" and step is not plan.shortcut
     if keeps_output(step, p, z, for_memory):
-        return _middle(plan, step, p, z)
+        return _middle(plan, step, p, given)
     cast = cast_weight(p, z)
     weight = p.weight if cast is None else cast
     if not step.batch:
         return Kept(None, *_fixed(step, p), cast), 0.0
     center = _centre(None if source is None else source[0], z, plan.engine)
-    given = (z, None, None) if source is None else (source[1].y, *source[1][1:3])
+    raw = (z, None, None) if source is None else (source[1].y, *source[1][1:3])
     act = "none" if source is None else "relu"
-    matrix, total = run("bn_act_gram", plan.engine, *given, center, act, step.stride[0])
+    matrix, total = run("bn_act_gram", plan.engine, *raw, center, act, step.stride[0])
     gram = Gram(center, matrix, total, float(positions(z, step)))
     own = moments.of_product(weight, gram, plan.engine)
     offset = moments.weighted_sum(weight, center)
@@ -125,26 +127,50 @@ def _end(
     return k, whole
 
 
-def _middle(plan: Plan, step: Step, p: Params, z: Tensor) -> tuple[Kept, float]:
-    """A step whose raw output is made and kept."""
-    cast = cast_weight(p, z)
+def _middle(plan: Plan, step: Step, p: Params, given: Source) -> tuple[Kept, float]:
+    """A step whose raw output is made, of the input ``given``, and kept."""
+    cast = cast_weight(p, given.x)
     weight = p.weight if cast is None else cast
-    y = convolve(z, p, step, weight)
+    if plan.fused and step.batch:
+        y, mean, m2 = run("bn_act_conv_stats", plan.engine, *given, weight, *step.geometry)
+        own = Moments(mean, m2, float(count_of(y)))
+    elif plan.fused:
+        y = _product(plan, step, given, weight, None, None, None, "none")
+    else:
+        y = convolve(given.x, p, step, weight)
     if not step.batch:
         return Kept(y, *_fixed(step, p), cast), 0.0
-    values, count = _finalize(plan, step, p, moments.of_tensor(y, plan.engine), y)
+    if not plan.fused:
+        own = moments.of_tensor(y, plan.engine)
+    values, count = _finalize(plan, step, p, own, y)
     return Kept(y, *values, cast), count
 
 
+def _product(plan: Plan, step: Step, given: Source, weight: Tensor, *epilogue: Any) -> Tensor:
+    """conv_bn_act of the input ``given``; ``epilogue``: scale, shift, residual and activation."""
+    *rest, act = epilogue
+    if plan.fused:
+        args = (*given, weight, *rest, *step.geometry, act)
+        return run("bn_act_conv_bn_act", plan.engine, *args)
+    return run("conv_bn_act", plan.engine, given.x, weight, *rest, *step.geometry, act)
+
+
 def _normalised(
-    plan: Plan, step: Step, p: Params, k: Kept, z: Tensor, residual: Tensor | None, act: str
+    plan: Plan, step: Step, p: Params, k: Kept, given: Source, residual: Tensor | None, act: str
 ) -> Tensor:
-    """``act(bn(conv(z)) + residual)`` once the statistics are known."""
+    """``act(bn(conv(z)) + residual)`` of the input ``given`` once the statistics are known."""
     if k.y is not None:
         return run("bn_act", plan.engine, k.y, k.scale, k.shift, residual, act)
     weight = p.weight if k.weight is None else k.weight
-    return run(
-        "conv_bn_act", plan.engine, z, weight, k.scale, k.shift, residual, *step.geometry, act
+    return _product(plan, step, given, weight, k.scale, k.shift, residual, act)
+
+
+def _fuses(plan: Plan, x: Tensor, params: list[Params]) -> bool:
+    """Whether the chain is run by ops that do to operands and results all that is around them."""
+    return (
+        engines.fuses(plan.engine, x.device.type, x.dtype)
+        and suggests_channels_last(x)
+        and all(p.bias is None for p in params)
     )
 
 
@@ -156,25 +182,28 @@ class Chain(torch.autograd.Function):
         ctx: Any, plan: Plan, x: Tensor, residual: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
         params = _params(tensors)
+        plan = plan._replace(fused=_fuses(plan, x, params))
         with _plainly(x):
-            z = x
+            given = Source(x)
             kept: list[Kept] = []
             counts: list[float] = []
             for i, (step, p) in enumerate(zip(plan.steps, params, strict=False)):
                 if i:
                     k = kept[-1]
-                    z = run("bn_act", plan.engine, k.y, k.scale, k.shift, None, "relu")
+                    given = Source(k.y, k.scale, k.shift, "relu")  # type: ignore[arg-type]
+                    if not plan.fused:
+                        given = Source(run("bn_act", plan.engine, *given[:3], None, "relu"))
                 if i + 1 < len(plan.steps) or plan.pool is not None:
-                    k, count = _middle(plan, step, p, z)
+                    k, count = _middle(plan, step, p, given)
                 else:
                     source = (params[i - 1], kept[-1]) if i else None
-                    k, count = _end(plan, step, p, z, source)
+                    k, count = _end(plan, step, p, given, source)
                 kept.append(k)
                 counts.append(count)
             if plan.shortcut is not None:
                 p = params[-1]
-                k, count = _end(plan, plan.shortcut, p, x, None)
-                residual = _normalised(plan, plan.shortcut, p, k, x, None, "none")
+                k, count = _end(plan, plan.shortcut, p, Source(x), None)
+                residual = _normalised(plan, plan.shortcut, p, k, Source(x), None, "none")
                 kept.append(k)
                 counts.append(count)
             elif plan.identity:
@@ -182,10 +211,10 @@ class Chain(torch.autograd.Function):
             n = len(plan.steps) - 1
             k, argmax = kept[n], None
             if plan.pool is None:
-                out = _normalised(plan, plan.steps[n], params[n], k, z, residual, plan.act)
+                out = _normalised(plan, plan.steps[n], params[n], k, given, residual, plan.act)
             else:
-                given = (k.y, k.scale, k.shift, *plan.pool, plan.act)
-                out, argmax = run("bn_act_maxpool_train", plan.engine, *given)
+                raw = (k.y, k.scale, k.shift, *plan.pool, plan.act)
+                out, argmax = run("bn_act_maxpool_train", plan.engine, *raw)
         ctx.plan, ctx.counts = plan, counts
         if plan.memory == "lean" and n > 0:
             kept[0] = kept[0]._replace(y=None)
@@ -203,7 +232,8 @@ class Chain(torch.autograd.Function):
             return (None, *composite_backward(plan, x, out, params, grad, need[1:]))
         width = len(Kept._fields)
         kept = [Kept(*rest[i : i + width]) for i in range(size, len(rest), width)]
-        backward = Backward(plan, params, kept, ctx.counts, need[1], _params(need[3:]))
+        kind = FusedBackward if plan.fused else Backward
+        backward = kind(plan, params, kept, ctx.counts, need[1], _params(need[3:]))
         with _plainly(x):
             if plan.memory == "lean" and len(plan.steps) > 1:
                 weight = params[0].weight.to(x.dtype)

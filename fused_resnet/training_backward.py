@@ -178,8 +178,7 @@ class Backward(NamedTuple):
 
         ``own_z``: z may be overwritten; ``added``: takes the gradient of the step's input.
         """
-        k, wanted = self.kept[i], self.wanted[i]
-        weight, dtype = self.weight(i), k.scale.dtype
+        k, wanted, weight = self.kept[i], self.wanted[i], self.weight(i)
         centred = z
         if k.center is not None:
             centre = _channels(k.center.to(z.dtype))
@@ -188,6 +187,23 @@ class Backward(NamedTuple):
         need_s = step.batch or wanted.weight or wanted.gamma
         s = self.wgrad(step, g, weight, centred, None, None, "none") if need_s else None
         dz = self.dgrad(step, g, scaled, z, added) if need_z else None
+        gradients, rest = self._of_product(i, step, g, sum_g, s, need_z)
+        if rest is not None:
+            back, offset = rest[0][:, :, None, None], rest[1]
+            dz = run("conv_bn_act", self.plan.engine, centred, back, None, offset, dz, *AS_PRODUCT)
+        return dz, gradients
+
+    def _of_product(
+        self, i: int, step: Step, g: Tensor, sum_g: Tensor, s: Tensor | None, need_z: bool
+    ) -> tuple[Gradients, tuple[Tensor, Tensor] | None]:
+        """Gradients of a step whose output was never made, ``s`` being that of its weight for g.
+
+        Returns:
+            beside them the matrix and the vector of what z, centred, adds to its own gradient, if
+            it does and that is needed.
+        """
+        k, wanted, weight = self.kept[i], self.wanted[i], self.weight(i)
+        dtype = k.scale.dtype
         if not step.batch:
             dgamma = dweight = None
             if wanted.gamma:
@@ -195,7 +211,7 @@ class Backward(NamedTuple):
                 dgamma = k.invstd * (products.sum((1, 2, 3)) - k.mean * sum_g)
             if wanted.weight:
                 dweight = k.scale.view(-1, 1, 1, 1) * s  # type: ignore
-            return dz, (dweight, None, dgamma, sum_g)
+            return (dweight, None, dgamma, sum_g), None
         w, s = weight.flatten(1).to(dtype), s.flatten(1)  # type: ignore[union-attr]
         matrix, total = k.matrix, k.total
         dgamma = k.invstd * ((w * s).sum(1) - k.mean * sum_g)
@@ -209,11 +225,10 @@ class Backward(NamedTuple):
                 sum_dy = a * sum_g + b * (w @ total) + c * count_of(g)  # type: ignore
                 dweight.addr_(sum_dy, k.center)  # type: ignore
             dweight = dweight.as_strided(weight.shape, weight.stride())  # 1x1: any layout is alike
+        gradients = (dweight, None, dgamma, sum_g)
         if not need_z:
-            return None, (dweight, None, dgamma, sum_g)
-        back = by_columns(w, bw, self.plan.engine).to(z.dtype)[:, :, None, None]
-        dz = run("conv_bn_act", self.plan.engine, centred, back, None, c @ w, dz, *AS_PRODUCT)
-        return dz, (dweight, None, dgamma, sum_g)
+            return gradients, None
+        return gradients, (by_columns(w, bw, self.plan.engine).to(weight.dtype), c @ w)
 
     def _pooled(
         self, x: Tensor, out: Tensor, argmax: Tensor | None, grad: Tensor

@@ -102,7 +102,7 @@ def bn_act_conv_stats(
     like = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
     if y.numel() == 0:
         return result, like.new_full((y.size(1),), math.nan), like.new_zeros(y.size(1))
-    tiles, block = forward_tiles(shape, x)
+    tiles, block = forward_tiles(shape, source)
     sums = new_sums(tiles, y.size(1), like)
     forward(shape, source, weight, y, Epilogue(sums=sums))
     return _finished(result, y), *moments(sums, shape.pixels, block)
@@ -194,7 +194,7 @@ def _masked(
     scale, shift, mean, invstd = vectors
     if dx.numel() == 0:
         return result, like.new_zeros(x.size(1)), like.new_zeros(x.size(1))
-    sums = new_sums(backward_tiles(shape, grad.x), x.size(1), like)
+    sums = new_sums(backward_tiles(shape, grad), x.size(1), like)
     behind = Operand(x, scale, shift, "relu", center=mean)
     epilogue = epilogue._replace(mask=behind, sums=sums)
     backward(shape, grad, weight, dx, epilogue, second)

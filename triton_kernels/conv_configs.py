@@ -61,12 +61,15 @@ def _by_type(
     return half if dtype in (torch.float16, torch.bfloat16) else wide
 
 
-def gemm(columns: int, dtype: torch.dtype, arch: int) -> Config:
-    """For so many output channels a group."""
+def gemm(columns: int, dtype: torch.dtype, arch: int, tensors: int = 1) -> Config:
+    """For so many output channels a group, and tensors that an operand is made of.
+
+    The tile for wide layers does not fit into registers with two of them.
+    """
     configs = _by_type(GEMM_HALF, GEMM_WIDE, dtype)
     if columns <= 16:
         return chosen(configs, len(configs) - 1)
-    return chosen(configs, 1 if configs is GEMM_HALF and columns <= 64 else 0)
+    return chosen(configs, 1 if configs is GEMM_HALF and (columns <= 64 or tensors > 1) else 0)
 
 
 def wgrad(rows: int, columns: int, dtype: torch.dtype, arch: int) -> Config:

@@ -51,17 +51,18 @@ class _Axis(NamedTuple):
     dilation: int
 
 
-def _config(columns: int, x: Tensor) -> conv_configs.Config:
-    return conv_configs.gemm(columns, x.dtype, arch(x))
+def _config(columns: int, source: Operand) -> conv_configs.Config:
+    tensors = 1 if source.other is None else 2
+    return conv_configs.gemm(columns, source.x.dtype, arch(source.x), tensors)
 
 
-def forward_tiles(shape: ConvShape, x: Tensor) -> tuple[int, int]:
-    """How many tiles of rows the statistics of a convolution of x come in, and rows a tile."""
-    block = _config(shape.out_channels // shape.groups, x).m
+def forward_tiles(shape: ConvShape, source: Operand) -> tuple[int, int]:
+    """How many tiles of rows the statistics of a convolution come in, and rows a tile."""
+    block = _config(shape.out_channels // shape.groups, source).m
     return triton.cdiv(shape.pixels, block), block
 
 
-def backward_tiles(shape: ConvShape, grad: Tensor) -> int:
+def backward_tiles(shape: ConvShape, grad: Operand) -> int:
     """How many tiles of rows the statistics of a gradient come in."""
     block = _config(shape.in_channels // shape.groups, grad).m
     return math.prod(shape.stride) * triton.cdiv(_phase_rows(shape), block)
@@ -127,7 +128,7 @@ def _launch(
 ) -> None:
     x = source.x
     reduced, columns = (n // shape.groups for n in channels)
-    config = _config(columns, x)
+    config = _config(columns, source)
     # Of few channels, several taps fill a step.
     packed = reduced < 16 and shape.kernel != (1, 1)
     reduced_unit, column_unit = reduced if packed else alignment(reduced), alignment(columns)

@@ -1,0 +1,148 @@
+"""The backward of a chain that is run by :data:`fused_resnet.engines.CHAIN_OPS`.
+
+The gradient of each BatchNorm, ``dy = a g + b y + c``, is made as convolutions read it, and the
+gradient behind each ReLU masked and reduced as it is written: of every step there are two passes.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .moments import run
+from .plan import Step
+from .reference import memory_format
+from .training_backward import _NOTHING, Backward, Gradients
+
+#: sum g and sum g * (y - mean) * invstd of a step's output y: gradients of its beta and gamma.
+Sums = tuple[Tensor | None, Tensor | None]
+
+
+class FusedBackward(Backward):
+    """One backward of a chain."""
+
+    __slots__ = ()
+
+    def walk(
+        self, x: Tensor, out: Tensor, argmax: Tensor | None, grad: Tensor, need_residual: bool
+    ) -> tuple[Tensor | None, Tensor | None, list[Gradients]]:
+        """See :meth:`Backward.walk`."""
+        plan, n = self.plan, len(self.plan.steps) - 1
+        if plan.pool is not None:
+            return super().walk(x, out, argmax, grad, need_residual)
+        grad = grad.contiguous(memory_format=memory_format(out))
+        gradients: list[Gradients] = [_NOTHING] * len(self.params)
+        g, sum_g = self._behind_activation(out, grad, True)
+        added = g if plan.identity and self.need_x else None
+        dz: Tensor | None = g
+        sums: Sums = (sum_g, None)
+        for i in range(n, -1, -1):
+            if dz is None:
+                break
+            step, more = plan.steps[i], added if i == 0 else None
+            if self.kept[i].y is None:
+                dz, sums, gradients[i] = self._product_step(i, step, dz, sum_g, x, more)
+                continue
+            if i == n:
+                sums = self._reduced(i, step, g)
+            dz, sums, gradients[i] = self._step(i, step, dz, sums, x, more)
+        dx = dz if self.need_x else None
+        if plan.shortcut is not None and (self.need_x or any(self.wanted[-1][:4])):
+            dx, gradients[-1] = self._shortcut(g, sum_g, x, dx)
+        return dx, (g if need_residual else None), gradients
+
+    def _reduced(self, i: int, step: Step, g: Tensor) -> Sums:
+        k, wanted = self.kept[i], self.wanted[i]
+        if not (step.batch or wanted.gamma or wanted.beta):
+            return None, None
+        given = (k.y, None, k.scale, k.shift, k.mean, k.invstd, "none")
+        return run("bn_act_backward_reduce", self.plan.engine, g, *given)
+
+    def _mask(self, i: int) -> tuple[Any, ...]:
+        """Of the input of step ``i``: raw values, scale, shift, mean and invstd; x has none."""
+        if i in (0, len(self.plan.steps)):
+            return (None,) * 5
+        k = self.kept[i - 1]
+        return k.y, k.scale, k.shift, k.mean, k.invstd
+
+    def _step(
+        self, i: int, step: Step, g: Tensor, sums: Sums, x: Tensor, added: Tensor | None
+    ) -> tuple[Tensor | None, Sums, Gradients]:
+        """Through a step whose raw output was kept, g being the gradient behind its ReLU.
+
+        Returns:
+            the gradient behind the ReLU before it, its sums, and the step's.
+        """
+        engine, k, wanted = self.plan.engine, self.kept[i], self.wanted[i]
+        dbeta, dgamma = sums
+        need_z = self.reaches(i)
+        own: Gradients = (None, None, dgamma, dbeta)
+        if not need_z and not wanted.weight:
+            return None, (None, None), own
+        y, a, b, c = None, k.scale, None, None
+        if step.batch:
+            a, b, c = self._coefficients(k, self.counts[i], dbeta, dgamma)  # type: ignore[arg-type]
+            y = k.y
+        weight, (z, scale, shift, act) = self.weight(i), self.source(i, x)
+        if wanted.weight:
+            source = (z, scale, shift, None, act, list(weight.shape[2:]))
+            given = (g, y, a, b, c, *source, *step.geometry)
+            own = (run("bn_backward_conv_wgrad", engine, *given), None, dgamma, dbeta)
+        if not need_z:
+            return None, (None, None), own
+        given = (g, y, a, b, c, weight, added, *self._mask(i), list(z.shape[2:]))
+        dz, *before = run("bn_backward_conv_dgrad", engine, *given, *step.geometry)
+        return dz, tuple(before), own
+
+    def _product_step(
+        self, i: int, step: Step, g: Tensor, sum_g: Tensor, x: Tensor, added: Tensor | None
+    ) -> tuple[Tensor | None, Sums, Gradients]:
+        """Through a step whose output was never made; see :meth:`_step`."""
+        engine, k, wanted = self.plan.engine, self.kept[i], self.wanted[i]
+        need_z = self.reaches(i)
+        weight, (z, scale, shift, act) = self.weight(i), self.source(i, x)
+        s = None
+        if step.batch or wanted.weight or wanted.gamma:
+            source = (z, scale, shift, k.center, act, list(weight.shape[2:]))
+            nothing = (None, None, None, None)
+            s = run("bn_backward_conv_wgrad", engine, g, *nothing, *source, *step.geometry)
+        own, rest = self._of_product(i, step, g, sum_g, s, need_z)
+        if not need_z:
+            return None, (None, None), own
+        if rest is None:
+            given = (None, k.scale, None, None, weight, added, *self._mask(i), list(z.shape[2:]))
+            dz, *before = run("bn_backward_conv_dgrad", engine, g, *given, *step.geometry)
+        else:
+            scaled = (k.scale.view(-1, 1, 1, 1) * weight).to(weight.dtype)
+            given = (scaled, z, scale, shift, k.center, act, *rest, added, *self._mask(i)[3:])
+            dz, *before = run("bn_act_gram_backward", engine, g, *given)
+        return dz, tuple(before), own
+
+    def _raw(
+        self,
+        i: int,
+        step: Step,
+        g: Tensor,
+        out: Tensor | None,
+        act: str,
+        x: Tensor,
+        own_g: bool,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        """:meth:`_step` of the shortcut, whose g has passed the activation."""
+        dx, _, own = self._step(i, step, g, self._reduced(i, step, g), x, added)
+        return dx, own
+
+    def _linear(
+        self,
+        i: int,
+        step: Step,
+        g: Tensor,
+        sum_g: Tensor,
+        z: Tensor,
+        need_z: bool,
+        own_z: bool,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        """:meth:`_product_step` of the shortcut."""
+        dx, _, own = self._product_step(i, step, g, sum_g, z, added)
+        return dx, own
