@@ -68,6 +68,10 @@ template <>
 struct Words<2> {
   using type = uint16_t;
 };
+template <>
+struct Words<1> {
+  using type = uint8_t;
+};
 
 __device__ __forceinline__ void keep_together(uint4& w) {
   asm volatile("" : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w));
@@ -75,6 +79,7 @@ __device__ __forceinline__ void keep_together(uint4& w) {
 __device__ __forceinline__ void keep_together(uint2& w) { asm volatile("" : "+r"(w.x), "+r"(w.y)); }
 __device__ __forceinline__ void keep_together(uint32_t&) {}
 __device__ __forceinline__ void keep_together(uint16_t&) {}
+__device__ __forceinline__ void keep_together(uint8_t&) {}
 
 // p must be aligned as the vector is.
 template <int n, class T>
