@@ -122,6 +122,19 @@ def over_raw_backends(op: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", raw)
 
 
+def over_raw(*ops: str) -> pytest.MarkDecorator:
+    """Over what each engine with kernels of its own calls for ``ops`` on the CPU, as ``raw``."""
+    return pytest.mark.parametrize(
+        "raw",
+        [
+            pytest.param(engines.implementation(op, engine), id=f"{op}-{engine}")
+            for op in ops
+            for engine in ("native", "triton")
+            if engines.why_not(engine, op.removesuffix("_"), "cpu", torch.float32) is None
+        ],
+    )
+
+
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 over_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 

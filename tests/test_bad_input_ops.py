@@ -9,7 +9,7 @@ import torch
 from cases import ENGINES, assert_identical, channels_last, copied, of_tensors
 from torch.nn import functional as F
 
-from fused_resnet import functional, use_engine
+from fused_resnet import engines, functional, use_engine
 
 X = torch.linspace(-2, 3, 240).view(2, 4, 6, 5)
 ONES = torch.ones(4)
@@ -240,13 +240,25 @@ RAW_BAD = [
 ]
 
 
-@pytest.mark.parametrize(("op", "index", "instead", "words"), RAW_BAD, ids=range(len(RAW_BAD)))
-def test_raw(op, index, instead, words):
+def has(engine, op):
+    return engines.why_not(engine, op.removesuffix("_"), "cpu", torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "op", "index", "instead", "words"),
+    [
+        pytest.param(engine, *bad, id=f"{engine}-{i}")
+        for engine in ("native", "triton")
+        for i, bad in enumerate(RAW_BAD)
+        if engine == "native" or (bad[0] != "conv_pack" and has(engine, bad[0]))
+    ],
+)
+def test_raw(engine, op, index, instead, words):
     given = copied(list(RAW_GOOD[op]))
     given[index] = instead
     before = copied(given)
     with pytest.raises(RuntimeError, match=f"{op}: {words}"):
-        getattr(RAW, op)(*given)
+        engines.implementation(op, engine)(*given)
     assert_identical(given, before, "inputs")
 
 

@@ -18,6 +18,7 @@ from cases import (
     over_dtypes,
     over_layouts,
     over_raw_backends,
+    over_raw,
     per_channel,
     placed,
     shadow,
@@ -226,11 +227,11 @@ def test_in_place_is_seen_by_autograd():
         ("act", "gelu", 'act must be "none" or "relu"'),
     ],
 )
-@pytest.mark.parametrize("op", [OP, IN_PLACE], ids=["out_of_place", "in_place"])
-def test_bad_input(op, name, value, words):
+@over_raw("bn_act_backward", "bn_act_backward_")
+def test_bad_input(raw, name, value, words):
     given = {**inputs(0, (2, 5, 3, 4), torch.float32), name: value}
     with pytest.raises(RuntimeError, match=f"bn_act_backward_?: {words}"):
-        op(*given.values())
+        raw(*given.values())
 
 
 @pytest.mark.parametrize("engine", ["native", "reference"])

@@ -13,6 +13,7 @@ from cases import (
     over_backends,
     over_dtypes,
     over_layouts,
+    over_raw,
     placed,
     shadow,
     torch_batch_norm,
@@ -166,11 +167,12 @@ def test_fixed_statistics(layout, dtype, backend):
         (10, [16, 16], "kernel_size must have at most 255 positions"),
     ],
 )
-def test_bad_input(place, value, words):
+@over_raw("bn_act_maxpool_backward")
+def test_bad_input(raw, place, value, words):
     args = [*inputs(0, (2, 5, 7, 6), torch.float32, STEM).values(), *geometry(**STEM)[:4], "relu"]
     args[place] = value
     with pytest.raises(RuntimeError, match=f"bn_act_maxpool_backward: {words}"):
-        OP(*args)
+        raw(*args)
 
 
 @over_layouts

@@ -9,6 +9,7 @@ from cases import (
     over_backends,
     over_dtypes,
     over_layouts,
+    over_raw,
     per_channel,
     placed,
     shadow,
@@ -102,11 +103,12 @@ def test_an_argmax_that_is_none_reads_nothing_else(layout):
         (6, [16, 16], "kernel_size must have at most 255 positions"),
     ],
 )
-def test_bad_input(place, value, words):
+@over_raw("bn_act_maxpool_backward_reduce")
+def test_bad_input(raw, place, value, words):
     args = [*inputs(0, (2, 5, 7, 6), torch.float32, STEM).values(), *geometry(**STEM)[:4], "relu"]
     args[place] = value
     with pytest.raises(RuntimeError, match=f"bn_act_maxpool_backward_reduce: {words}"):
-        OP(*args)
+        raw(*args)
 
 
 @over_layouts

@@ -12,6 +12,7 @@ from cases import (
     over_backends,
     over_dtypes,
     over_layouts,
+    over_raw,
     per_channel,
     placed,
     shadow,
@@ -124,11 +125,12 @@ def test_ties_and_nan(layout, backend):
         (6, [9, 9], "kernel_size .* is larger than the padded input"),
     ],
 )
-def test_bad_input(place, value, words):
+@over_raw("bn_act_maxpool_train")
+def test_bad_input(raw, place, value, words):
     args = [*made(0, (2, 5, 7, 6), torch.float32).values(), *geometry(3, 2, 1), "relu"]
     args[place] = value
     with pytest.raises(RuntimeError, match=f"bn_act_maxpool_train: {words}"):
-        OP(*args)
+        raw(*args)
 
 
 @over_layouts

@@ -15,6 +15,7 @@ from cases import (
     of_tensors,
     over_backends,
     over_dtypes,
+    over_raw,
     placed,
     shadow,
     sliced,
@@ -170,12 +171,13 @@ def test_output_of_a_rounded_scale_is_centred():
         (6, torch.ones(3).half(), "running_var must be float32"),
     ],
 )
-def test_bad_input(place, value, words):
+@over_raw("bn_finalize")
+def test_bad_input(raw, place, value, words):
     args = [torch.ones(3), torch.ones(3), 5.0, torch.ones(3), torch.ones(3), torch.ones(3),
             torch.ones(3), 0.1, EPS]  # fmt: skip
     args[place] = value
     with pytest.raises(RuntimeError, match=f"bn_finalize: .*{words}"):
-        OP(*args)
+        raw(*args)
 
 
 @pytest.mark.parametrize("running", [True, False])

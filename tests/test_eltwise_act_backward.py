@@ -17,6 +17,7 @@ from cases import (
     over_backends,
     over_dtypes,
     over_layouts,
+    over_raw,
     placed,
     shadow,
     verify,
@@ -133,10 +134,11 @@ def test_selects(op, backend):
         ("act", "gelu", "act must be"),
     ],
 )
-def test_bad_input(name, value, words):
+@over_raw("eltwise_act_backward")
+def test_bad_input(raw, name, value, words):
     given = inputs(0, (3,), torch.float32) | {"op": "sum", "coeff": None, "act": "relu"}
     with pytest.raises(RuntimeError, match=f"eltwise_act_backward: {words}"):
-        OP(*(given | {name: value}).values())
+        raw(*(given | {name: value}).values())
 
 
 @over_layouts
