@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import aot_planted  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from aot_cases import CASES, Case  # noqa: E402
@@ -112,21 +113,27 @@ def dots_of_halves(ttir: str) -> list[int]:
     return [int(m) for m in re.findall(r"tt\.dot .*: tensor<(\d+)x\d+xb?f16>", ttir)]
 
 
-def faults(compiled: Any, arch: int, wide: bool, this: launch.Launch) -> Iterator[str]:
-    ptx = compiled.asm["ptx"]
+def faults(kernel: Any, arch: int, wide: bool, this: launch.Launch) -> Iterator[str]:
+    ptx = kernel.asm["ptx"]
     if lost := maxima_that_lose_nan(ptx):
         yield f"loses NaN: {lost}"
     if wide and not this.finalizes and (narrow := narrow_accesses(ptx, this)):
         yield f"moves fewer than 16 bytes: {sorted(narrow)}"
-    registers, local = resources(compiled.asm["cubin"])
+    registers, local = resources(kernel.asm["cubin"])
     # ptxas puts a register away, far from the limit, where that lets another block run beside.
     if local > 8 or (local and registers > 128):
         yield f"spills: {local} bytes of local memory, {registers} registers"
-    if compiled.metadata.shared > SHARED[arch]:
-        yield f"needs {compiled.metadata.shared} bytes of shared memory of {SHARED[arch]}"
-    large = any(m >= 64 for m in dots_of_halves(compiled.asm["ttir"]))
+    if kernel.metadata.shared > SHARED[arch]:
+        yield f"needs {kernel.metadata.shared} bytes of shared memory of {SHARED[arch]}"
+    large = any(m >= 64 for m in dots_of_halves(kernel.asm["ttir"]))
     if arch == 90 and large and "wgmma.mma_async" not in ptx:
         yield "multiplies matrices without wgmma"
+
+
+def compiled(this: launch.Launch, arch: int) -> Any:
+    kernel = specialize(this)
+    source = ASTSource(this.kernel, *kernel[:3])
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
 
 
 def launches(case: Case, arch: int, config: int | None) -> list[launch.Launch]:
@@ -141,7 +148,12 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED))
     parser.add_argument("--op", nargs="+", default=list(ops.IMPLEMENTATIONS))
     parser.add_argument("--all-configs", action="store_true")
+    parser.add_argument("--planted", action="store_true", help="show that faults are found")
     asked = parser.parse_args()
+    if asked.planted:
+        for this in aot_planted.planted():
+            print(f"{this.kernel.fn.__name__}:", *faults(compiled(this, 90), 90, True, this))
+        return 0
     if missing := set(ops.IMPLEMENTATIONS) - {case.op for case in CASES}:
         print(f"no case in aot_cases.py for {', '.join(sorted(missing))}")
         return 1
@@ -150,16 +162,12 @@ def main() -> int:
     work = [(a, c, i) for a in asked.arch for c in CASES if c.op in asked.op for i in configs]
     for arch, case, config in work:
         for this in launches(case, arch, config):
-            kernel = specialize(this)
             name = this.kernel.fn.__name__
-            key = repr((arch, name, kernel, case.wide))
+            key = repr((arch, name, specialize(this), case.wide))
             if key in done:
                 continue
             done.add(key)
-            source = ASTSource(this.kernel, *kernel[:3])
-            target = GPUTarget("cuda", arch, 32)
-            compiled = triton.compile(source, target=target, options=kernel.options)
-            for fault in faults(compiled, arch, case.wide, this):
+            for fault in faults(compiled(this, arch), arch, case.wide, this):
                 failed += 1
                 print(f"sm_{arch}: {case.op}: {name} {this.meta}: {fault}", flush=True)
     print(f"{len(done)} kernels compiled with Triton {triton.__version__}, {failed} faults")

@@ -24,3 +24,20 @@ def test_every_kernel_compiles_well(arch):
     done = aot("--arch", arch)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) kernels compiled", done.stdout)[1]) > 40
+
+
+FOUND = {
+    "loses_nan": "loses NaN: .*max.f32",
+    "moves_little": "moves fewer than 16 bytes: .*ld.global",
+    "spills": r"spills: \d+ bytes of local memory",
+    "multiplies_by_one_warp": "multiplies matrices without wgmma",
+}
+
+
+def test_faults_are_found():
+    done = aot("--planted")
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert lines.keys() == FOUND.keys()
+    for name, words in FOUND.items():
+        assert re.search(words, lines[name]), lines[name]
