@@ -121,9 +121,10 @@ def tiny(seed):
         return nn.Sequential(nn.Conv2d(channels, out, 1, 2, bias=False), nn.BatchNorm2d(out))
 
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
-    model.layer1 = nn.Sequential(BasicBlock(64, 64))
-    model.layer2 = nn.Sequential(BasicBlock(64, 16, 2, shortcut(64, 16)))
-    model.layer3 = nn.Sequential(Bottleneck(16, 8, 2, shortcut(16, 32)))
+    model.conv1, model.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
+    model.layer1 = nn.Sequential(BasicBlock(16, 16))
+    model.layer2 = nn.Sequential(BasicBlock(16, 24, 2, shortcut(16, 24)))
+    model.layer3 = nn.Sequential(Bottleneck(24, 8, 2, shortcut(24, 32)))
     model.layer4 = nn.Sequential(Bottleneck(32, 8))
     model.fc = nn.Linear(32, 10)
     return away_from_zero(model.to(memory_format=torch.channels_last))
