@@ -119,7 +119,7 @@ def arguments(op: str, *args: Any) -> None:
         _activations(op, *args[:3])
     elif op == "bn_scale_shift":
         _statistics(op, *args[:4])
-    else:
+    elif op == "eltwise_act":
         _inputs(op, args[0])
 
 

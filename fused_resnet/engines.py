@@ -26,7 +26,14 @@ from ._C import cpu_features
 
 ENGINES = ("auto", "reference", "native", "triton", "vendor")
 #: Those of inference, each a function of :mod:`fused_resnet.functional`.
-INFERENCE_OPS = ("eltwise_act", "bn_scale_shift", "bn_act", "bn_act_maxpool", "conv_bn_act")
+INFERENCE_OPS = (
+    "eltwise_act",
+    "bn_scale_shift",
+    "bn_act",
+    "bn_act_maxpool",
+    "global_avg_pool",
+    "conv_bn_act",
+)
 #: Those that training is made of; :mod:`fused_resnet.autograd` calls them.
 TRAINING_OPS = (
     "bn_stats",

@@ -24,6 +24,7 @@ __all__ = [
     "bn_scale_shift",
     "conv_bn_act",
     "eltwise_act",
+    "global_avg_pool",
 ]
 
 _ACTS = ("none", "relu")
@@ -256,6 +257,26 @@ def bn_act_maxpool(
     pooling = pooling_pairs(name, x, kernel_size, stride, padding, dilation)
     args = (x, scale, shift, *pooling, ceil_mode, act)
     return _run(name, (x, scale, shift), *args)
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    r"""The mean of each image's channel, NaN without pixels: a ResNet's last pooling.
+
+    .. math:: y_{nc} = \frac{1}{HW} \sum_{hw} x_{nchw}
+
+    Args:
+        x: a floating point tensor (N, C, H, W), in any memory format.
+
+    Returns:
+        A tensor (N, C, 1, 1) of x's dtype and memory format, as that of
+        :func:`torch.nn.functional.adaptive_avg_pool2d` for an output size of 1.
+
+    Raises:
+        ValueError: x is not 4-D.
+    """
+    name = "global_avg_pool"
+    check_image(name, x)
+    return _run(name, (x,), x)
 
 
 def pooling_pairs(

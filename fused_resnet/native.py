@@ -91,6 +91,10 @@ def _fake_bn_act_maxpool(
     return reference.empty_image(x, y.shape, x)
 
 
+def _fake_global_avg_pool(x: Tensor) -> Tensor:
+    return reference.empty_image(x, (*x.shape[:2], 1, 1), x)
+
+
 def _fake_conv_pack(weight: Tensor, groups: int) -> Tensor:
     # Its length depends on the processor: packing belongs outside compiled and exported programs.
     raise NotImplementedError("conv_pack: weights cannot be packed inside a traced program")
@@ -120,6 +124,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bn_act": _fake_bn_act,
     "bn_act_": _fake_bn_act_,
     "bn_act_maxpool": _fake_bn_act_maxpool,
+    "global_avg_pool": _fake_global_avg_pool,
     "conv_pack": _fake_conv_pack,
     "conv_bn_act": _fake_conv_bn_act,
     **native_training.FAKES,

@@ -138,6 +138,12 @@ def bn_act_maxpool(
     return _in_format_of(y.to(x.dtype), x)
 
 
+def global_avg_pool(x: Tensor) -> Tensor:
+    """The mean of each image's channel."""
+    y = F.adaptive_avg_pool2d(x.to(accumulation_dtype(x.dtype)), 1)
+    return _in_format_of(y.to(x.dtype), x)
+
+
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,

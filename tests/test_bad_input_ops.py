@@ -24,6 +24,7 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "bn_act": {"x": X, "scale": ONES, "shift": ONES, "residual": X, "act": "relu"},
     "bn_act_maxpool": {"x": X, "scale": ONES, "shift": ONES, "kernel_size": 3, "padding": 1},
+    "global_avg_pool": {"x": X},
     "bn_scale_shift": {
         "running_mean": ONES,
         "running_var": ONES,
@@ -48,7 +49,7 @@ class Bad(NamedTuple):
 
 
 CONV, BN, POOL = "conv_bn_act", "bn_act", "bn_act_maxpool"
-SCALE, ELTWISE = "bn_scale_shift", "eltwise_act"
+SCALE, ELTWISE, AVERAGE = "bn_scale_shift", "eltwise_act", "global_avg_pool"
 WEIGHT = GOOD[CONV]["weight"]
 
 
@@ -135,6 +136,8 @@ BAD = [
     Bad(ELTWISE, {"coeff": [1.0]}, ValueError, "coeff must hold 2 numbers.*got 1"),
     Bad(ELTWISE, {"op": "max"}, ValueError, "coeff is for op.*got op 'max'"),
     Bad(ELTWISE, {"act": "tanh"}, ValueError, "act must be.*got 'tanh'"),
+    Bad(AVERAGE, {"x": X[0]}, ValueError, "4D.*3D"),
+    Bad(AVERAGE, {"x": X.int()}, NotImplementedError, "floating point.*int32"),
 ]  # fmt: skip
 
 
@@ -191,6 +194,7 @@ RAW_GOOD = {
     "bn_act": (X, ONES, ONES, None, "relu"),
     "bn_act_": (X, ONES, ONES, X.clone(), "relu"),
     "bn_act_maxpool": (X, ONES, ONES, [3, 3], [2, 2], [1, 1], [1, 1], False, "relu"),
+    "global_avg_pool": (X,),
     "bn_scale_shift": (ONES, ONES, None, None, 1e-5),
     "conv_pack": (WEIGHT, 1),
     "eltwise_act": ([X, X], "sum", None, "relu"),
@@ -227,6 +231,8 @@ RAW_BAD = [
     ("bn_act_maxpool", 5, [2, 2], "padding must be at most half of .*kernel_size.*got"),
     ("bn_act_maxpool", 6, [0, 1], "dilation must be two integers of at least 1, got"),
     ("bn_act_maxpool", 8, "tanh", "act must be"),
+    ("global_avg_pool", 0, X[0], "x must have 4 dimensions, got 3"),
+    ("global_avg_pool", 0, X.int(), "x must be float32, float64, bfloat16 or float16"),
     ("bn_scale_shift", 0, X, "running_mean must have 1 dimensions, got 4"),
     ("bn_scale_shift", 1, ONES[1:], "running_var must have shape"),
     ("bn_scale_shift", 2, ONES.double(), "weight must be float32, got float64"),

@@ -49,6 +49,7 @@ BUDGET = {
     "bn_act_maxpool_train": Budget(registers=96, wide=4),
     "bn_act_maxpool_backward": Budget(registers=64, wide=4),
     "bn_act_maxpool_backward_reduce": Budget(registers=128, shared=16384, wide=8),
+    "global_avg_pool": Budget(registers=80, shared=8192, wide=8),
 }
 NO_KERNELS = {"conv_dgrad"}  # it launches conv_bn_act's
 

@@ -62,6 +62,15 @@ struct BnActMaxpoolArgs {
   void* out;
 };
 
+// out[n][c] = the mean of x over the pixels of image n's channel c, NaN without any.
+struct GlobalAvgPoolArgs {
+  DType dtype;
+  bool channels_last;
+  const void* x;
+  void* out;
+  int64_t batch, channels, pixels;
+};
+
 // scale[c] = weight[c] / sqrt(var[c] + eps), shift[c] = bias[c] - mean[c] * scale[c].
 // weight and bias may be null (1 and 0). mean, var, weight and bias are of `dtype`.
 struct BnScaleShiftArgs {
@@ -305,6 +314,7 @@ struct ConvWgradArgs {
   X(eltwise_act, EltwiseActArgs)                                    \
   X(bn_act, BnActArgs)                                              \
   X(bn_act_maxpool, BnActMaxpoolArgs)                               \
+  X(global_avg_pool, GlobalAvgPoolArgs)                             \
   X(bn_scale_shift, BnScaleShiftArgs)                               \
   X(bn_stats, BnStatsArgs)                                          \
   X(bn_finalize, BnFinalizeArgs)                                    \

@@ -65,6 +65,7 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("conv_wgrad", TORCH_BOX(&conv_wgrad<Device>));
   library.impl("conv_dgrad_", TORCH_BOX(&conv_dgrad_<Device>));
   library.impl("bn_act_maxpool", TORCH_BOX(&bn_act_maxpool<Device>));
+  library.impl("global_avg_pool", TORCH_BOX(&global_avg_pool<Device>));
   library.impl("bn_act_maxpool_train", TORCH_BOX(&bn_act_maxpool_train<Device>));
   library.impl("bn_act_maxpool_backward_reduce",
                TORCH_BOX(&bn_act_maxpool_backward_reduce<Device>));

@@ -232,6 +232,24 @@ Tensor bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, Ints kernel_size, In
   return out;
 }
 
+template <class Device>
+Tensor global_avg_pool(Tensor x) {
+  constexpr const char* kOp = "global_avg_pool";
+  check_dim(kOp, "x", x, 4);
+  GlobalAvgPoolArgs args{};
+  args.dtype = dtype_of(kOp, "x", x);
+  args.channels_last = suggests_channels_last(x);
+  x = in_format(x, args.channels_last);
+  args.batch = x.size(0);
+  args.channels = x.size(1);
+  args.pixels = x.size(2) * x.size(3);
+  Tensor out = new_output(x, {args.batch, args.channels, 1, 1}, args.channels_last);
+  args.x = x.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  check_status(kOp, Device(out).launch(args));
+  return out;
+}
+
 inline ConvShape conv_shape(const char* op, const Tensor& weight, int64_t groups) {
   check_dim(op, "weight", weight, 4);
   const Ints sizes = sizes_of(weight);

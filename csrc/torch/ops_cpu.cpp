@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("bn_act", TORCH_BOX(&bn_act<Cpu>));
   library.impl("bn_act_", TORCH_BOX(&bn_act_<Cpu>));
   library.impl("bn_act_maxpool", TORCH_BOX(&bn_act_maxpool<Cpu>));
+  library.impl("global_avg_pool", TORCH_BOX(&global_avg_pool<Cpu>));
   library.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift<Cpu>));
   library.impl("conv_pack", TORCH_BOX(&conv_pack<Cpu>));
   library.impl("conv_bn_act", TORCH_BOX(&conv_bn_act<Cpu>));

@@ -19,6 +19,8 @@ inline constexpr const char* kOps[] = {
     "bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, int[] kernel_size, int[] stride,"
     " int[] padding, int[] dilation, bool ceil_mode, str act) -> Tensor",
 
+    "global_avg_pool(Tensor x) -> Tensor",
+
     "bn_stats(Tensor x) -> (Tensor mean, Tensor m2)",
 
     "bn_finalize(Tensor mean, Tensor m2, float count, Tensor? weight, Tensor? bias,"
