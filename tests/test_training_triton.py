@@ -148,4 +148,4 @@ def test_a_tiny_resnet(launched):
             sides[2].extend(run(copy.deepcopy(model).double(), x))
         sides[0].extend(run(fused_resnet.fuse(model), x))
     judge(*sides)
-    assert {"conv_gemm", "conv_wgrad", "bn_act_gram", "bn_act_maxpool_train"} <= set(launched())
+    assert {"conv_gemm", "conv_wgrad", "bn_act_gram", "bn_act_maxpool_backward"} <= set(launched())
