@@ -75,6 +75,7 @@ _ARGUMENTS: dict[str, Any] = {
     "bn_scale_shift": lambda m: (*m.running, m.gamma.to(m.mean), m.beta.to(m.mean), EPS),
     "bn_act": lambda m: (m.x, *m.affine, m.residual, "relu"),
     "bn_act_maxpool": lambda m: (m.x, *m.affine, *WINDOW, False, "relu"),
+    "global_avg_pool": lambda m: (m.x,),
     "conv_bn_act": lambda m: (m.x, m.weight, *m.out_affine, m.out_grad, *CONV, "relu"),
     "bn_stats": lambda m: (m.x,),
     "bn_finalize": _finalize,
