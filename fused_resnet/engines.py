@@ -71,11 +71,14 @@ _HAS_MATRIX_UNITS = "amx-bf16" in cpu_features()
 def registered(namespace: str, key: str) -> frozenset[str]:
     """The ops that a namespace implements for a dispatch key."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(op for op in OPS if has(f"{namespace}::{op}", key))
+    return frozenset(op for op in OPS + CHAIN_OPS if has(f"{namespace}::{op}", key))
 
 
 class Library(NamedTuple):
-    """Where the ops of an engine are, and which of them it has kernels for, by device type."""
+    """Where the ops of an engine are, and which of them it has kernels for, by device type.
+
+    Of Triton that is known once its package is imported, see :func:`unavailable`.
+    """
 
     namespace: str
     kernels: dict[str, frozenset[str]]
@@ -148,21 +151,12 @@ def _triton_why_not() -> str | None:
         if error.name != "triton":
             raise
         return "triton is not installed"
+    library = LIBRARIES["triton"]
+    for device in ops.DEVICES:
+        library.kernels[device] = registered(library.namespace, device.upper())
     if "cpu" not in ops.DEVICES and not torch.cuda.is_available():
         return "there is no CUDA device, and tensors on the CPU need TRITON_INTERPRET=1"
     return None
-
-
-def _triton_why_not_op(op: str, device: str, dtype: torch.dtype) -> str | None:
-    from .triton_kernels import ops
-
-    if op not in ops.IMPLEMENTATIONS:
-        return f"{op} has no Triton kernel in this version"
-    if dtype == torch.float64 and op in ops.NO_FLOAT64:
-        return f"{op} has no Triton kernel for float64"
-    if device == "cpu" and device not in ops.DEVICES:
-        return "tensors on the CPU need TRITON_INTERPRET=1"
-    return None if device in ops.DEVICES else f"there are no kernels for device {device!r}"
 
 
 def unavailable(engine: str) -> str | None:
@@ -178,12 +172,12 @@ def why_not(engine: str, op: str, device: str, dtype: torch.dtype) -> str | None
         return reason
     if dtype not in DTYPES:
         return f"{op} is for float32, float64, bfloat16 and float16, got {dtype}"
-    if engine == "triton":
-        return _triton_why_not_op(op, device, dtype)
     kernels = LIBRARIES[engine].kernels
+    if engine == "triton" and device == "cpu" and device not in kernels:
+        return "tensors on the CPU need TRITON_INTERPRET=1"
     if device not in kernels:
         return f"there are no kernels for device {device!r}"
-    if device == "cuda" and native.cuda_why_not is not None:
+    if engine != "triton" and device == "cuda" and native.cuda_why_not is not None:
         return native.cuda_why_not
     # The vendor's convolutions need our bn_act around them.
     needed = "bn_act" if engine == "vendor" and op in _CONVOLUTIONS else op

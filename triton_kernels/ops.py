@@ -63,9 +63,6 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
 #: By op. Called on meta or fake tensors they allocate and record launches, see ``launch``.
 IMPLEMENTATIONS = {f.__name__: f for f in _FUNCTIONS}
 
-#: Ops that cannot be computed in float64.
-NO_FLOAT64: frozenset[str] = frozenset()
-
 #: The devices whose tensors they run on.
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 
