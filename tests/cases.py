@@ -116,21 +116,28 @@ def over_backends(op: str, isa: bool = False, emulated: bool = True) -> pytest.M
     return pytest.mark.parametrize("backend", params)
 
 
-def over_raw_backends(op: str) -> pytest.MarkDecorator:
+def _raw_backends(op: str) -> list[Any]:
     """The backends that have ``op`` as a dispatcher's op of their own, in-place form included."""
-    raw = [p for p in backends(op) if p.values[0].engine in engines.LIBRARIES.keys() - {"vendor"}]
-    return pytest.mark.parametrize("backend", raw)
+    raw = engines.LIBRARIES.keys() - {"vendor"}
+    return [p for p in backends(op.removesuffix("_")) if p.values[0].engine in raw]
+
+
+def over_raw_backends(op: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("backend", _raw_backends(op))
 
 
 def over_raw(*ops: str) -> pytest.MarkDecorator:
-    """Over what each engine with kernels of its own calls for ``ops`` on the CPU, as ``raw``."""
+    """Over what each of the CPU's raw backends calls for ``ops``, as ``raw``.
+
+    The emulator's library is loaded later, and has the glue of the native engine.
+    """
     return pytest.mark.parametrize(
         "raw",
         [
-            pytest.param(engines.implementation(op, engine), id=f"{op}-{engine}")
+            pytest.param(engines.implementation(op, backend.engine), id=f"{op}-{backend.engine}")
             for op in ops
-            for engine in ("native", "triton")
-            if engines.why_not(engine, op.removesuffix("_"), "cpu", torch.float32) is None
+            for (backend,) in (p.values for p in _raw_backends(op))
+            if backend.device == "cpu" and backend.engine in engines.ENGINES
         ],
     )
 
