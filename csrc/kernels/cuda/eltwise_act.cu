@@ -1,14 +1,11 @@
 #include <limits>
 
 #include "../math.h"
-#include "launch.h"
-#include "vec.cuh"
+#include "eltwise.cuh"
 
 namespace fused_resnet::cuda {
 
 namespace {
-
-constexpr int kMaxInputs = 64;  // the pointers travel as a kernel parameter
 
 template <class A>
 struct Inputs {
@@ -76,16 +73,10 @@ template <class T, EltwiseOp op, int n>
 __global__ void __launch_bounds__(Streaming::kThreads, Streaming::kMinBlocksPerMultiprocessor)
     eltwise_act_kernel(const __grid_constant__ Inputs<Acc<T>> inputs, Act act, T* out,
                        int64_t numel) {
-  constexpr int kUnroll = Streaming::kThreadBytes / sizeof(T) / n;
-  constexpr int64_t kBlockVectors = Streaming::kThreads * kUnroll;
-  const int64_t vectors = numel / n;
-  for (int64_t first = blockIdx.x * kBlockVectors + threadIdx.x; first < vectors;
-       first += gridDim.x * kBlockVectors) {
-    process<T, op, n, kUnroll>(inputs, act, out, first, Streaming::kThreads, vectors);
-  }
-  if (n > 1 && blockIdx.x == 0) {  // fewer than n elements are left
-    process<T, op, 1, 1>(inputs, act, out, vectors * n + threadIdx.x, 1, numel);
-  }
+  for_vectors<T, n>(
+      numel, [&](auto width, auto unroll, int64_t first, int64_t step, int64_t vectors) {
+        process<T, op, width.value, unroll.value>(inputs, act, out, first, step, vectors);
+      });
 }
 
 template <class T, EltwiseOp op>
@@ -107,19 +98,8 @@ Status launch_eltwise(const EltwiseActArgs& args, const Place& place) {
 }  // namespace
 
 Status eltwise_act(const EltwiseActArgs& args, const Place& place) {
-  if (args.count < 1 || args.count > kMaxInputs) return Status::unsupported;
-  if (args.numel == 0) return Status::ok;
-  return dispatch(args.dtype, [&](auto type) {
-    using T = decltype(type);
-    switch (args.op) {
-      case EltwiseOp::sum:
-        return launch_eltwise<T, EltwiseOp::sum>(args, place);
-      case EltwiseOp::prod:
-        return launch_eltwise<T, EltwiseOp::prod>(args, place);
-      case EltwiseOp::max:
-        return launch_eltwise<T, EltwiseOp::max>(args, place);
-    }
-    return Status::unsupported;
+  return dispatch_eltwise(args, [&](auto type, auto op) {
+    return launch_eltwise<decltype(type), op.value>(args, place);
   });
 }
 

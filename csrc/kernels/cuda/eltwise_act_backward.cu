@@ -1,12 +1,9 @@
 #include "../math.h"
-#include "launch.h"
-#include "vec.cuh"
+#include "eltwise.cuh"
 
 namespace fused_resnet::cuda {
 
 namespace {
-
-constexpr int kMaxInputs = 64;  // the pointers travel as a kernel parameter
 
 template <class A>
 struct Operands {
@@ -96,16 +93,10 @@ __device__ __forceinline__ void process(const Operands<Acc<T>>& operands, int64_
 template <class T, EltwiseOp op, int n>
 __global__ void __launch_bounds__(Streaming::kThreads, Streaming::kMinBlocksPerMultiprocessor)
     eltwise_act_backward_kernel(const __grid_constant__ Operands<Acc<T>> operands, int64_t numel) {
-  constexpr int kUnroll = Streaming::kThreadBytes / sizeof(T) / n;
-  constexpr int64_t kBlockVectors = Streaming::kThreads * kUnroll;
-  const int64_t vectors = numel / n;
-  for (int64_t first = blockIdx.x * kBlockVectors + threadIdx.x; first < vectors;
-       first += gridDim.x * kBlockVectors) {
-    process<T, op, n, kUnroll>(operands, first, Streaming::kThreads, vectors);
-  }
-  if (n > 1 && blockIdx.x == 0) {  // fewer than n elements are left
-    process<T, op, 1, 1>(operands, vectors * n + threadIdx.x, 1, numel);
-  }
+  for_vectors<T, n>(numel,
+                    [&](auto width, auto unroll, int64_t first, int64_t step, int64_t vectors) {
+                      process<T, op, width.value, unroll.value>(operands, first, step, vectors);
+                    });
 }
 
 template <class T, EltwiseOp op>
@@ -130,19 +121,8 @@ Status launch_backward(const EltwiseActBackwardArgs& args, const Place& place) {
 }  // namespace
 
 Status eltwise_act_backward(const EltwiseActBackwardArgs& args, const Place& place) {
-  if (args.count < 1 || args.count > kMaxInputs) return Status::unsupported;
-  if (args.numel == 0) return Status::ok;
-  return dispatch(args.dtype, [&](auto type) {
-    using T = decltype(type);
-    switch (args.op) {
-      case EltwiseOp::sum:
-        return launch_backward<T, EltwiseOp::sum>(args, place);
-      case EltwiseOp::prod:
-        return launch_backward<T, EltwiseOp::prod>(args, place);
-      case EltwiseOp::max:
-        return launch_backward<T, EltwiseOp::max>(args, place);
-    }
-    return Status::unsupported;
+  return dispatch_eltwise(args, [&](auto type, auto op) {
+    return launch_backward<decltype(type), op.value>(args, place);
   });
 }
 
