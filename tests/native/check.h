@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "../convolution.h"
 #include "kernels/cpu/conv_panels.h"
 
 namespace kernels = fused_resnet::cpu::FUSED_RESNET_ISA;
@@ -159,30 +160,6 @@ void expect_near(double got, double exact, double magnitude, int64_t steps,
 }
 
 inline double activate(double x, Act act) { return act == Act::relu && x < 0 ? 0 : x; }
-
-// A convolution; its output size is left to measured().
-inline fused_resnet::ConvShape conv_shape(int64_t batch, int64_t height, int64_t width, int64_t in,
-                                          int64_t out, int64_t kernel, int64_t stride = 1,
-                                          int64_t padding = 0, int64_t dilation = 1,
-                                          int64_t groups = 1) {
-  fused_resnet::ConvShape s{batch, height, width, in, 0, 0, out, {}, {}, {}, {}, groups};
-  for (int i = 0; i < 2; ++i) {
-    s.kernel[i] = kernel;
-    s.stride[i] = stride;
-    s.padding[i] = padding;
-    s.dilation[i] = dilation;
-  }
-  return s;
-}
-
-inline fused_resnet::ConvShape measured(fused_resnet::ConvShape s) {
-  auto length = [&](int64_t n, int i) {
-    return (n + 2 * s.padding[i] - s.dilation[i] * (s.kernel[i] - 1) - 1) / s.stride[i] + 1;
-  };
-  s.out_height = length(s.height, 0);
-  s.out_width = length(s.width, 1);
-  return s;
-}
 
 // The strides of a weight [out, in, height, width] in one of three layouts.
 inline void lay_out_weight(const fused_resnet::ConvShape& s, int layout, int64_t* stride) {

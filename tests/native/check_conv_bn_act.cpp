@@ -61,7 +61,6 @@ std::vector<Case> cases() {
 template <class T>
 struct Problem {
   ConvShape s;
-  int64_t group_in, group_out;
   Array<T> x, weight, residual;
   Array<Acc<T>> scale, shift;
   int64_t weight_stride[4];
@@ -69,10 +68,8 @@ struct Problem {
 
   Problem(const ConvShape& shape, int weight_layout, bool epilogue)
       : s(shape),
-        group_in(s.in_channels / s.groups),
-        group_out(s.out_channels / s.groups),
         x(s.batch * s.height * s.width * s.in_channels),
-        weight(s.out_channels * group_in * s.kernel[0] * s.kernel[1]),
+        weight(s.out_channels * s.in_channels / s.groups * s.kernel[0] * s.kernel[1]),
         residual(s.batch * s.out_height * s.out_width * s.out_channels, epilogue),
         scale(s.out_channels, epilogue),
         shift(s.out_channels, epilogue),
@@ -102,34 +99,19 @@ struct Problem {
   }
 
   void check(const Array<T>& out, const std::string& what) const {
-    int64_t at = 0;
-    for (int64_t n = 0; n < s.batch; ++n)
-      for (int64_t oh = 0; oh < s.out_height; ++oh)
-        for (int64_t ow = 0; ow < s.out_width; ++ow)
-          for (int64_t k = 0; k < s.out_channels; ++k, ++at) check_one(out, what, at, n, oh, ow, k);
-  }
-
-  void check_one(const Array<T>& out, const std::string& what, int64_t at, int64_t n, int64_t oh,
-                 int64_t ow, int64_t k) const {
-    double sum = 0, magnitude = 0;
-    for (int64_t kh = 0; kh < s.kernel[0]; ++kh)
-      for (int64_t kw = 0; kw < s.kernel[1]; ++kw) {
-        const int64_t h = oh * s.stride[0] - s.padding[0] + kh * s.dilation[0];
-        const int64_t w = ow * s.stride[1] - s.padding[1] + kw * s.dilation[1];
-        if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
-        for (int64_t c = 0; c < group_in; ++c) {
-          const int64_t in = k / group_out * group_in + c;
-          const double product = x.at(((n * s.height + h) * s.width + w) * s.in_channels + in) *
-                                 weight.at(k * weight_stride[0] + c * weight_stride[1] +
-                                           kh * weight_stride[2] + kw * weight_stride[3]);
-          sum += product;
-          magnitude += std::fabs(product);
-        }
-      }
-    const double a = scale.at(k, 1), b = shift.at(k, 0), r = residual.at(at, 0);
-    const double exact = activate(sum * a + b + r, act);
-    magnitude = magnitude * std::fabs(a) + std::fabs(b) + std::fabs(r);
-    expect_near<T>(out.at(at), exact, magnitude, s.kernel[0] * s.kernel[1] * group_in + 4, what);
+    const int64_t steps = s.kernel[0] * s.kernel[1] * s.in_channels / s.groups + 4;
+    for (int64_t at = 0; at < out.size(); ++at) {
+      const Sum sum = convolved(
+          s, at, [&](int64_t i) { return x.at(i); },
+          [&](int64_t k, int64_t c, int64_t kh, int64_t kw) {
+            return weight.at(k * weight_stride[0] + c * weight_stride[1] + kh * weight_stride[2] +
+                             kw * weight_stride[3]);
+          });
+      const int64_t k = at % s.out_channels;
+      const double a = scale.at(k, 1), b = shift.at(k, 0), r = residual.at(at, 0);
+      const double magnitude = sum.magnitude * std::fabs(a) + std::fabs(b) + std::fabs(r);
+      expect_near<T>(out.at(at), activate(sum.value * a + b + r, act), magnitude, steps, what);
+    }
   }
 };
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../csrc/kernels/cuda/conv.cuh"
+#include "../convolution.h"
 #include "check.h"
 
 using namespace fused_resnet;
@@ -77,17 +78,8 @@ struct Case {
            std::to_string(height) + "x" + std::to_string(width);
   }
   ConvShape shape() const {
-    ConvShape s{batch, height, width, in, 0, 0, out, {}, {}, {}, {}, groups};
-    for (int i = 0; i < 2; ++i) {
-      s.kernel[i] = kernel;
-      s.stride[i] = stride;
-      s.padding[i] = padding;
-      s.dilation[i] = dilation;
-    }
-    const int64_t reach = (kernel - 1) * dilation + 1;
-    s.out_height = (height + 2 * padding - reach) / stride + 1;
-    s.out_width = (width + 2 * padding - reach) / stride + 1;
-    return s;
+    return measured(
+        conv_shape(batch, height, width, in, out, kernel, stride, padding, dilation, groups));
   }
 };
 
@@ -138,33 +130,22 @@ class Problem {
  private:
   // The weight is dense as channels_last has it.
   void compute() {
-    const int64_t in = s.in_channels / s.groups, out = s.out_channels / s.groups;
+    const int64_t in = s.in_channels / s.groups;
     const int64_t steps = s.kernel[0] * s.kernel[1] * in + 20;
     for (int64_t i = 0; i < residual.size; ++i) {
-      const int64_t k = i % s.out_channels, pixel = i / s.out_channels;
-      const int64_t ow = pixel % s.out_width, oh = pixel / s.out_width % s.out_height;
-      const int64_t image = pixel / s.out_width / s.out_height;
-      double sum = 0, magnitude = 0;
-      for (int64_t kh = 0; kh < s.kernel[0]; ++kh)
-        for (int64_t kw = 0; kw < s.kernel[1]; ++kw) {
-          const int64_t h = oh * s.stride[0] - s.padding[0] + kh * s.dilation[0];
-          const int64_t w = ow * s.stride[1] - s.padding[1] + kw * s.dilation[1];
-          if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
-          for (int64_t c = 0; c < in; ++c) {
-            const double product =
-                x.at(((image * s.height + h) * s.width + w) * s.in_channels + k / out * in + c) *
-                weight.at(((k * s.kernel[0] + kh) * s.kernel[1] + kw) * in + c);
-            sum += product;
-            magnitude += std::fabs(product);
-          }
-        }
+      const int64_t k = i % s.out_channels;
+      const Sum sum = convolved(
+          s, i, [&](int64_t at) { return x.at(at); },
+          [&](int64_t k, int64_t c, int64_t kh, int64_t kw) {
+            return weight.at(((k * s.kernel[0] + kh) * s.kernel[1] + kw) * in + c);
+          });
       const double a = conv.scale ? scale.at(k) : 1, b = conv.shift ? shift.at(k) : 0;
       const double added = conv.residual ? residual.at(i) : 0;
-      const double value = sum * a + b + added;
+      const double value = sum.value * a + b + added;
       exact.push_back(conv.act == Act::relu && value < 0 ? 0 : value);
       const double unit = sizeof(T) == 8 ? 0x1p-52 : 0x1p-24;
       const double summed = (steps * unit + 2 * product_unit) *
-                            (magnitude * std::fabs(a) + std::fabs(b) + std::fabs(added));
+                            (sum.magnitude * std::fabs(a) + std::fabs(b) + std::fabs(added));
       bound.push_back(summed + Type<T>::unit * (std::fabs(value) + summed) + Type<T>::least);
     }
   }
