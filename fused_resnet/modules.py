@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from . import engines, functional
 from .conditions import obstacle, recording, trains, uses_batch_statistics
-from .moments import count_batch
-from .plan import Params, Plan, Pool, Step
+from .moments import count_batches
+from .plan import Plan, Pool, Step
 from .reference import conv_shape
 from .sync_batch_norm import group_of
 from .training import Chain
@@ -72,10 +72,15 @@ def chain(
     every = [*pairs, shortcut] if shortcut is not None else pairs
     steps: list[Step] = []
     tensors: list[Tensor | None] = []
-    for conv, bn in every:
-        step, params = _step(conv, bn)
-        steps.append(step)
-        tensors.extend(params)
+    batch = [uses_batch_statistics(bn) for _, bn in every]
+    moved = [bn for (_, bn), own in zip(every, batch, strict=True) if own and _moves(bn)]
+    shares = iter(count_batches(*moved))
+    for (conv, bn), of_batch in zip(every, batch, strict=True):
+        moves = of_batch and _moves(bn)
+        share = next(shares) if moves else 0.0
+        steps.append(Step(*geometry_of(conv), bn.eps, of_batch, share))
+        running = (None, None) if of_batch and not moves else (bn.running_mean, bn.running_var)
+        tensors += [conv.weight, conv.bias, bn.weight, bn.bias, *running]
     groups = [group_of(bn) for _, bn in every]
     group = max(groups, key=lambda g: g is not None)
     own = steps.pop() if shortcut is not None else None
@@ -95,16 +100,9 @@ def geometry_of(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
     return list(conv.stride), list(padding), list(conv.dilation), conv.groups
 
 
-def _step(conv: nn.Conv2d, bn: Any) -> tuple[Step, Params]:
-    batch, momentum = uses_batch_statistics(bn), 0.0
-    keeps = not batch or (bn.training and bn.track_running_stats)
-    if batch and keeps:
-        momentum = count_batch(bn)
-    mean, var = (bn.running_mean, bn.running_var) if keeps else (None, None)
-    return (
-        Step(*geometry_of(conv), bn.eps, batch, momentum),
-        Params(conv.weight, conv.bias, bn.weight, bn.bias, mean, var),
-    )
+def _moves(bn: Any) -> bool:
+    """Whether the statistics of a batch go into a BatchNorm's running ones."""
+    return bn.training and bn.track_running_stats
 
 
 def convolve(
@@ -155,7 +153,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             return F.relu(y) if self.act == "relu" else y
         # What torch's own forward does before it calls the function.
         self._check_input_dim(input)
-        factor = count_batch(self) if self.training else 0.0
+        factor = count_batches(self)[0] if self.training else 0.0
         keeps = not self.training or self.track_running_stats
         return functional.batch_norm_act(
             input,

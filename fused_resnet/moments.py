@@ -54,13 +54,24 @@ def of_tensor(y: Tensor, engine: str) -> Moments:
     return Moments(mean, m2, float(count_of(y)))
 
 
-def count_batch(bn: Any) -> float:
-    """Count a batch in a BatchNorm that trains; the share it has in new running statistics."""
-    if bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            return 1.0 / float(bn.num_batches_tracked)
-    return 0.0 if bn.momentum is None else bn.momentum
+def count_batches(*norms: Any) -> list[float]:
+    """Count a batch in each BatchNorm that trains; the shares it has in new running statistics."""
+    counters = [bn.num_batches_tracked for bn in norms if bn.track_running_stats]
+    found = [counter for counter in counters if counter is not None]
+    if len(set(map(id, found))) < len(found):  # one BatchNorm twice: its share changes in between
+        return [share for bn in norms for share in count_batches(bn)]
+    if len(found) > 1:
+        torch._foreach_add_(found, 1)  # one kernel on a GPU
+    elif found:
+        found[0].add_(1)
+    return [_share(bn) for bn in norms]
+
+
+def _share(bn: Any) -> float:
+    if bn.momentum is not None:
+        return bn.momentum
+    counted = bn.track_running_stats and bn.num_batches_tracked is not None
+    return 1.0 / float(bn.num_batches_tracked) if counted else 0.0
 
 
 def by_transpose(a: Tensor, b: Tensor, engine: str) -> Tensor:

@@ -23,6 +23,9 @@ def suggests_channels_last(x: Tensor) -> bool:
     """Whether torch reads a 4-D tensor's strides as channels_last; not where both would do."""
     if x.dim() != 4 or x.stride(1) == 0:
         return False
+    dense = x.is_contiguous(memory_format=torch.channels_last)
+    if dense != x.is_contiguous():  # at once: this is asked of every image, all day
+        return dense
     least = 0
     for d in (1, 3, 2, 0):
         if x.size(d) == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):

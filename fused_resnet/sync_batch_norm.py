@@ -65,7 +65,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self._check_input_dim(input)
         if group is None:
             return super().forward(input)
-        running = (self.running_mean, self.running_var, moments.count_batch(self))
+        running = (self.running_mean, self.running_var, *moments.count_batches(self))
         return _Normalise.apply(input, self.weight, self.bias, *running, self.eps, group)
 
 

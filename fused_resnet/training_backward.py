@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import engines
+from . import engines, vendor
 from .moments import AS_PRODUCT, by_columns, by_transpose, count_of, run, sum_over
-from .plan import Kept, Params, Plan, Step, convolve
+from .plan import Kept, Params, Plan, Source, Step, convolve
 from .reference import memory_format, suggests_channels_last
 
 #: Of a step: of its weight, bias, gamma and beta.
@@ -40,17 +40,38 @@ class Backward(NamedTuple):
         cast = self.kept[i].weight
         return self.params[i].weight if cast is None else cast
 
-    def source(self, i: int, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
-        """What the input of step ``i`` is made of: a tensor, scale, shift and activation."""
+    def source(self, i: int, x: Tensor) -> Source:
+        """What the input of step ``i`` is made of."""
         if i in (0, len(self.plan.steps)):
-            return x, None, None, "none"
+            return Source(x)
         k = self.kept[i - 1]
-        return k.y, k.scale, k.shift, "relu"  # type: ignore[return-value]
+        return Source(k.y, k.scale, k.shift, "relu")  # type: ignore[arg-type]
 
     def _input(self, i: int, x: Tensor) -> Tensor:
         """The input of step ``i``, made again."""
         y, scale, shift, act = self.source(i, x)
         return y if scale is None else run("bn_act", self.plan.engine, y, scale, shift, None, act)
+
+    def through(
+        self,
+        step: Step,
+        dy: Tensor,
+        weight: Tensor,
+        source: Source,
+        need_weight: bool,
+        need_z: bool,
+        added: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of a convolution's input, in place added to ``added``, and of its weight.
+
+        ``source``: what its input is made of.
+        """
+        if need_weight and need_z:
+            chosen = {self._chosen(op, step, dy, weight) for op in ("conv_dgrad", "conv_wgrad")}
+            if chosen == {"vendor"}:
+                return vendor.conv_backward(dy, weight, added, *source, *step.geometry)
+        dw = self.wgrad(step, dy, weight, *source) if need_weight else None
+        return self.dgrad(step, dy, weight, source.x, added) if need_z else None, dw
 
     def dgrad(
         self, step: Step, g: Tensor, weight: Tensor, x: Tensor, added: Tensor | None = None
@@ -65,8 +86,12 @@ class Backward(NamedTuple):
         return self._convolution("conv_wgrad", step, weight, g, *z, list(weight.shape[2:]))
 
     def _convolution(self, op: str, step: Step, weight: Tensor, g: Tensor, *args: Any) -> Any:
+        engine = self._chosen(op.removesuffix("_"), step, g, weight)
+        return engines.implementation(op, engine)(g, *args, *step.geometry)
+
+    def _chosen(self, op: str, step: Step, g: Tensor, weight: Tensor) -> str:
         suited = engines.suits(op, suggests_channels_last(g), weight.shape, step.groups)
-        return run(op, self.plan.engine, g, *args, *step.geometry, suited=suited)
+        return engines.choose(op, g.device.type, g.dtype, self.plan.engine, suited)
 
     def walk(
         self, x: Tensor, out: Tensor, argmax: Tensor | None, grad: Tensor, need_residual: bool
@@ -158,9 +183,8 @@ class Backward(NamedTuple):
         else:
             dy = run("bn_act_backward", engine, g, *given)
         dbias = dy.sum((0, 2, 3), dtype=k.scale.dtype) if wanted.bias else None
-        weight, source = self.weight(i), self.source(i, x)
-        dweight = self.wgrad(step, dy, weight, *source) if wanted.weight else None
-        dz = self.dgrad(step, dy, weight, source[0], added) if need_z else None
+        read = (self.weight(i), self.source(i, x))
+        dz, dweight = self.through(step, dy, *read, wanted.weight, need_z, added)
         return dz, (dweight, dbias, dgamma, dbeta)
 
     def _linear(
@@ -249,9 +273,8 @@ class Backward(NamedTuple):
             plan.act,
         )  # fmt: skip
         dbias = dy.sum((0, 2, 3), dtype=k.scale.dtype) if wanted.bias else None
-        weight = self.weight(0)
-        dweight = self.wgrad(step, dy, weight, *self.source(0, x)) if wanted.weight else None
-        dx = self.dgrad(step, dy, weight, x) if self.need_x else None
+        read = (self.weight(0), self.source(0, x))
+        dx, dweight = self.through(step, dy, *read, wanted.weight, self.need_x, None)
         return dx, (dweight, dbias, dgamma, dbeta)
 
     def _shortcut(

@@ -144,13 +144,44 @@ def conv_wgrad(
     groups: int,
 ) -> Tensor:
     """The gradient of a convolution's weight, its input being ``act(x * scale + shift)``."""
-    if scale is not None and shift is not None:
-        x = torch.ops.fused_resnet.bn_act(x, scale, shift, None, act)
-    elif act == "relu":
-        x = torch.relu(x)
+    z = _input(x, scale, shift, act)
     weight = empty_image(x, (grad.size(1), x.size(1) // groups, *kernel_size), x, grad)
-    dw = _backward(grad, x, weight, (stride, padding, dilation), groups, [False, True])[1]
-    return dw.to(accumulation_dtype(grad.dtype), memory_format=torch.channels_last)
+    return _wide(_backward(grad, z, weight, (stride, padding, dilation), groups, [False, True])[1])
+
+
+def conv_backward(
+    grad: Tensor,
+    weight: Tensor,
+    added: Tensor | None,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`conv_dgrad`, in the place of ``added`` where that is given, and :func:`conv_wgrad`.
+
+    One call of torch for both: each takes longer than a GPU for a small convolution.
+    """
+    z = _input(x, scale, shift, act)
+    geometry = (stride, padding, dilation)
+    dx, dw, _ = _backward(grad, z, weight, geometry, groups, [True, True])
+    return dx if added is None else added.add_(dx), _wide(dw)
+
+
+def _input(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
+    """``act(x * scale + shift)``, which a convolution has read."""
+    if scale is not None and shift is not None:
+        return torch.ops.fused_resnet.bn_act(x, scale, shift, None, act)
+    return torch.relu(x) if act == "relu" else x
+
+
+def _wide(dw: Tensor) -> Tensor:
+    """A weight's gradient as our ops return it."""
+    return dw.to(accumulation_dtype(dw.dtype), memory_format=torch.channels_last)
 
 
 def _backward(
