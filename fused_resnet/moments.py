@@ -4,6 +4,7 @@ A 1x1 convolution is linear in its input, so its output's statistics follow from
 matrix and the output need not exist: ``mean = W mean(z)``, ``var_k = w_k Cov(z) w_k``.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import engines
-from .reference import accumulation_dtype
 
 #: Stride, padding, dilation, groups and activation of a convolution that is a matrix product.
 AS_PRODUCT = ([1, 1], [0, 0], [1, 1], 1, "none")
@@ -33,8 +33,9 @@ class Gram(NamedTuple):
     """
 
     center: Tensor  #: C
-    matrix: Tensor  #: C x C, sum of (z - center)(z - center)^T, float64
-    total: Tensor  #: C, sum of (z - center), float64
+    sum: Tensor  #: C, of z - center, float64
+    covariance: Tensor  #: C x C, sum of products of deviations from the mean
+    moments: Tensor  #: C x (C + 1), sum of (z - center)(z - center)^T beside that of z - center
     positions: float
 
 
@@ -74,41 +75,55 @@ def _share(bn: Any) -> float:
     return 1.0 / float(bn.num_batches_tracked) if counted else 0.0
 
 
-def by_transpose(a: Tensor, b: Tensor, engine: str) -> Tensor:
-    """``a @ b.T`` of two matrices, as a 1x1 convolution over a's rows.
+def by_transpose(a: Tensor, b: Tensor, engine: str, added: Tensor | None = None) -> Tensor:
+    """``a @ b.T + added`` of matrices; on a CPU as a 1x1 convolution over a's rows.
 
-    The vendor's matrix product has half the speed of a convolution on some processors.
+    The vendor's matrix product has half the speed of a convolution on some processors. And on a GPU
+    a convolution of float32 may be one of TF32, which statistics do not bear.
     """
-    image = a.contiguous()[None, None].permute(0, 3, 1, 2)
-    y = run("conv_bn_act", engine, image, b[:, :, None, None], None, None, None, *AS_PRODUCT)
+    if a.is_cuda:
+        return a @ b.T if added is None else torch.addmm(added, a, b.T)
+    image, residual = (None if t is None else _as_image(t) for t in (a, added))
+    weight = b[:, :, None, None]
+    y = run("conv_bn_act", engine, image, weight, None, None, residual, *AS_PRODUCT)
     return y.permute(0, 2, 3, 1).view(a.size(0), b.size(0))
 
 
 def by_columns(a: Tensor, b: Tensor, engine: str) -> Tensor:
-    """``b.T @ a`` of two matrices, as the gradient of a 1x1 convolution's weight; why: as above."""
-    grad, x = (t.contiguous()[None, None].permute(0, 3, 1, 2) for t in (b, a))
+    """``b.T @ a``; on a CPU as the gradient of a 1x1 convolution's weight; why: as above."""
+    if a.is_cuda:
+        return b.T @ a
     geometry = ([1, 1], *AS_PRODUCT[:-1])
-    return run("conv_wgrad", engine, grad, x, None, None, "none", *geometry).flatten(1)
+    given = (_as_image(b), _as_image(a), None, None, "none")
+    return run("conv_wgrad", engine, *given, *geometry).flatten(1)
 
 
-def weighted_sum(weight: Tensor, v: Tensor) -> Tensor:
-    """``weight @ v`` of a 1x1 convolution's weight, summed in float64."""
-    w = weight.flatten(1)
-    return (w * v.to(accumulation_dtype(w.dtype))).sum(1, dtype=torch.float64)
+def _as_image(a: Tensor) -> Tensor:
+    """A matrix whose columns are the channels of an image of one line."""
+    return a.contiguous()[None, None].permute(0, 3, 1, 2)
 
 
-def of_product(weight: Tensor, gram: Gram, engine: str) -> Moments:
-    """Of ``W (z - center)`` for a 1x1 convolution's weight.
+def gram_of(
+    given: Sequence[Tensor | None], center: Tensor, act: str, stride: int, count: int, engine: str
+) -> Gram:
+    """Of ``count`` positions of ``z = act(x * scale + shift)``; ``given``: x, scale and shift."""
+    matrix, total = run("bn_act_gram", engine, *given, center, act, stride)
+    whole = (matrix, total, center, float(count))
+    covariance, joined = run("gram_moments", engine, *whole)
+    return Gram(center, total, covariance, joined, float(count))
+
+
+def of_product(weight: Tensor, gram: Gram, engine: str) -> tuple[Moments, Tensor]:
+    """Of ``weight z`` for a 1x1 convolution's weight, and its mean about ``weight center``.
 
     Means are subtracted in float64; of what is left, no sum cancels as z's own moments would, and
     the product of matrices is made in the type that activations are accumulated in.
     """
-    w = weight.flatten(1).to(gram.center.dtype)
-    mean = gram.total / gram.positions
-    covariance = torch.addr(gram.matrix, gram.total, mean, alpha=-1).to(w.dtype)
-    m2 = (by_transpose(w, covariance, engine) * w).sum(1, dtype=torch.float64)  # it is symmetric
-    m2 = m2.clamp_min(0)  # rounding alone can go below zero; NaN stays
-    return Moments(weighted_sum(weight, mean), m2, gram.positions)
+    w = weight.flatten(1)
+    product = by_transpose(w.to(gram.center.dtype), gram.covariance, engine)
+    given = (w, product, gram.sum, gram.center, gram.positions)
+    mean, about, m2 = run("gram_stats", engine, *given)
+    return Moments(mean, m2, gram.positions), about
 
 
 def combine(own: Moments, group: Any) -> Moments:

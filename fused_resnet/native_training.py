@@ -89,6 +89,33 @@ def _bn_act_gram(
     )
 
 
+def _gram_moments(gram: Tensor, sum: Tensor, center: Tensor, count: float) -> tuple[Tensor, Tensor]:
+    channels = center.numel()
+    return center.new_empty(channels, channels), center.new_empty(channels, channels + 1)
+
+
+def _gram_stats(
+    weight: Tensor, product: Tensor, sum: Tensor, center: Tensor, count: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, about, m2 = (center.new_empty(weight.size(0)) for _ in range(3))
+    return mean, about, m2
+
+
+def _gram_gradients(
+    weight: Tensor,
+    s: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_g: Tensor,
+    sum_gx: Tensor | None,
+    count: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, channels = weight.shape
+    slopes = scale.new_empty(rows, channels + 1)
+    return scale.new_empty(rows), s.new_empty(s.shape), slopes, weight.new_empty(weight.shape)
+
+
 def _relu_backward_reduce(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return reference.empty_image(grad, grad.shape, grad), _vector(grad)
 
@@ -214,6 +241,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "bn_act_backward": _bn_act_backward,
     "bn_act_backward_": _bn_act_backward_,
     "bn_act_gram": _bn_act_gram,
+    "gram_moments": _gram_moments,
+    "gram_stats": _gram_stats,
+    "gram_gradients": _gram_gradients,
     "relu_backward_reduce": _relu_backward_reduce,
     "bn_act_maxpool_train": _bn_act_maxpool_train,
     "bn_act_maxpool_backward_reduce": _bn_act_maxpool_backward_reduce,

@@ -87,8 +87,7 @@ class Kept(NamedTuple):
     invstd: Tensor
     weight: Tensor | None = None  #: cast to the activations' type, where it is of another
     center: Tensor | None = None
-    matrix: Tensor | None = None
-    total: Tensor | None = None
+    moments: Tensor | None = None  #: see moments.Gram
 
 
 def is_pointwise(step: Step, weight: Tensor) -> bool:

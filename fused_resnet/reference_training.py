@@ -156,6 +156,57 @@ def bn_act_gram(
     return rows.T @ rows, rows.sum(0)
 
 
+def gram_moments(gram: Tensor, sum: Tensor, center: Tensor, count: float) -> tuple[Tensor, Tensor]:
+    """Of what :func:`bn_act_gram` makes of ``count`` positions, in center's dtype:
+    ``gram - sum sum^T / count``, and ``[gram | sum]``."""
+    covariance = gram - torch.outer(sum / count, sum)
+    moments = torch.cat([gram, sum[:, None]], 1)
+    return covariance.to(center.dtype).contiguous(), moments.to(center.dtype)
+
+
+def gram_stats(
+    weight: Tensor, product: Tensor, sum: Tensor, center: Tensor, count: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, mean about ``weight center``, and sum of squared deviations of ``y = weight z``.
+
+    ``product``: of the matrix weight, [K, C], and the covariance that :func:`gram_moments` gives.
+    """
+    w = weight.double()
+    about = w @ (sum / count)
+    m2 = (w * product.double()).sum(1).clamp_min(0)  # rounding can go below zero; NaN stays
+    mean = about + w @ center.double()
+    return mean.to(center.dtype), about.to(center.dtype), m2.to(center.dtype)
+
+
+def gram_gradients(
+    weight: Tensor,
+    s: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_g: Tensor,
+    sum_gx: Tensor | None,
+    count: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient behind batch statistics of ``y = weight z``, short of matrix products.
+
+    For ``dy = a g + b y + c`` and ``s = g z^T``, z centered and mean about that center: the
+    gradient of gamma (``sum_gx``, unless given ``invstd (rowdot(weight, s) - mean sum_g)``),
+    ``a s``, ``[b weight | c]`` and ``a weight``.
+    """
+    w = weight.double()
+    if sum_gx is None:
+        sum_gx = invstd.double() * ((w * s.double()).sum(1) - mean.double() * sum_g.double())
+    share = -scale.double() / count
+    b = share * invstd.double() * sum_gx.double()
+    c = share * sum_g.double() - b * mean.double()
+    slopes = torch.cat([b[:, None] * w, c[:, None]], 1)
+    scaled = scale[:, None] * weight.to(scale.dtype)
+    scaled_s = (scale[:, None] * s).contiguous()
+    dgamma, slopes = sum_gx.to(scale.dtype, copy=True).contiguous(), slopes.to(scale.dtype)
+    return dgamma, scaled_s, slopes, scaled.to(weight.dtype).contiguous()
+
+
 def bn_act_maxpool_train(
     x: Tensor,
     scale: Tensor,

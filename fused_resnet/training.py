@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import engines, moments
-from .moments import Gram, Moments, count_of, run
+from .moments import Moments, count_of, run
 from .plan import Kept, Params, Plan, Source, Step, cast_weight, convolve, keeps_output, positions
 from .reference import accumulation_dtype, suggests_channels_last
 from .training_backward import Backward, composite_backward
@@ -57,26 +57,25 @@ def _fixed(step: Step, p: Params) -> Values:
 
 
 def _finalize(
-    plan: Plan, step: Step, p: Params, own: Moments, like: Tensor, offset: Tensor | None = None
+    plan: Plan, step: Step, p: Params, own: Moments, like: Tensor, about: Tensor | None = None
 ) -> tuple[Values, float]:
     """Scale, shift, mean and inverse deviation of the batch; running statistics move.
 
-    ``offset``: what the mean in ``own`` is taken about; the mean that is returned is too.
+    ``about``: the mean in ``own``, about another center; the mean that is returned is, too.
     """
-    if offset is not None:  # each process has its own
-        own = own._replace(mean=own.mean + offset)
     whole = moments.combine(own, plan.group)
     if whole.values <= 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {like.shape}"
         )
-    dtype = accumulation_dtype(like.dtype)
-    mean = whole.mean.to(dtype)
     scale, shift, invstd = run(
-        "bn_finalize", plan.engine, mean, whole.m2.to(dtype), whole.values, p.gamma, p.beta,
+        "bn_finalize", plan.engine, whole.mean, whole.m2, whole.values, p.gamma, p.beta,
         p.running_mean, p.running_var, step.momentum, step.eps,
     )  # fmt: skip
-    about = mean if offset is None else (whole.mean - offset).to(dtype)
+    if about is None:
+        about = whole.mean
+    elif whole is not own:
+        about = about + (whole.mean - own.mean)
     return (scale, shift, about, invstd), whole.values
 
 
@@ -118,12 +117,11 @@ def _end(
     center = _centre(None if source is None else source[0], z, plan.engine)
     raw = (z, None, None) if source is None else (source[1].y, *source[1][1:3])
     act = "none" if source is None else "relu"
-    matrix, total = run("bn_act_gram", plan.engine, *raw, center, act, step.stride[0])
-    gram = Gram(center, matrix, total, float(positions(z, step)))
-    own = moments.of_product(weight, gram, plan.engine)
-    offset = moments.weighted_sum(weight, center)
-    values, whole = _finalize(plan, step, p, own, z, offset)
-    k = Kept(None, *values, cast, center, matrix.to(center.dtype), total.to(center.dtype))
+    count = positions(z, step)
+    gram = moments.gram_of(raw, center, act, step.stride[0], count, plan.engine)
+    own, about = moments.of_product(weight, gram, plan.engine)
+    values, whole = _finalize(plan, step, p, own, z, about)
+    k = Kept(None, *values, cast, center, gram.moments)
     return k, whole
 
 

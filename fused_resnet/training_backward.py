@@ -144,15 +144,6 @@ class Backward(NamedTuple):
         sums = sum_over(self.plan.group, dbeta, dgamma)  # type: ignore[arg-type]
         return (k.mean, k.invstd, *sums, self.counts[i])
 
-    def _coefficients(
-        self, k: Kept, count: float, dbeta: Tensor, dgamma: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b and c of ``dy = a g + b y + c``, of batch statistics."""
-        a = k.scale
-        sum_g, sum_gx = sum_over(self.plan.group, dbeta, dgamma)
-        b = a * k.invstd * sum_gx * (-1 / count)
-        return a, b, a * sum_g * (-1 / count) - b * k.mean
-
     def _raw(
         self,
         i: int,
@@ -207,11 +198,10 @@ class Backward(NamedTuple):
         if k.center is not None:
             centre = _channels(k.center.to(z.dtype))
             centred = z.sub_(centre) if own_z else z - centre
-        scaled = (k.scale.view(-1, 1, 1, 1) * weight).to(z.dtype)
         need_s = step.batch or wanted.weight or wanted.gamma
         s = self.wgrad(step, g, weight, centred, None, None, "none") if need_s else None
+        gradients, scaled, rest = self._of_product(i, step, g, sum_g, s, need_z)
         dz = self.dgrad(step, g, scaled, z, added) if need_z else None
-        gradients, rest = self._of_product(i, step, g, sum_g, s, need_z)
         if rest is not None:
             back, offset = rest[0][:, :, None, None], rest[1]
             dz = run("conv_bn_act", self.plan.engine, centred, back, None, offset, dz, *AS_PRODUCT)
@@ -219,15 +209,15 @@ class Backward(NamedTuple):
 
     def _of_product(
         self, i: int, step: Step, g: Tensor, sum_g: Tensor, s: Tensor | None, need_z: bool
-    ) -> tuple[Gradients, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Gradients, Tensor, tuple[Tensor, Tensor] | None]:
         """Gradients of a step whose output was never made, ``s`` being that of its weight for g.
 
         Returns:
-            beside them the matrix and the vector of what z, centred, adds to its own gradient, if
-            it does and that is needed.
+            beside them the weight that takes g to its part of z's gradient; and the matrix and the
+            vector of what z, centred, adds to its own, if it does and that is needed.
         """
         k, wanted, weight = self.kept[i], self.wanted[i], self.weight(i)
-        dtype = k.scale.dtype
+        dtype, engine = k.scale.dtype, self.plan.engine
         if not step.batch:
             dgamma = dweight = None
             if wanted.gamma:
@@ -235,24 +225,30 @@ class Backward(NamedTuple):
                 dgamma = k.invstd * (products.sum((1, 2, 3)) - k.mean * sum_g)
             if wanted.weight:
                 dweight = k.scale.view(-1, 1, 1, 1) * s  # type: ignore
-            return (dweight, None, dgamma, sum_g), None
-        w, s = weight.flatten(1).to(dtype), s.flatten(1)  # type: ignore[union-attr]
-        matrix, total = k.matrix, k.total
-        dgamma = k.invstd * ((w * s).sum(1) - k.mean * sum_g)
-        a, b, c = self._coefficients(k, self.counts[i], sum_g, dgamma)
-        bw = b[:, None] * w
+            scaled = (k.scale.view(-1, 1, 1, 1) * weight).to(weight.dtype)
+            return (dweight, None, dgamma, sum_g), scaled, None
+        w = weight.flatten(1)
+        given = (w, s.flatten(1), k.scale, k.mean, k.invstd)  # type: ignore[union-attr]
+        count = self.counts[i]
+        dgamma, *parts = run("gram_gradients", engine, *given, sum_g, None, count)
+        if self.plan.group is not None:
+            sums = sum_over(self.plan.group, sum_g, dgamma)
+            _, *parts = run("gram_gradients", engine, *given, *sums, count)
+        scaled_s, slopes, scaled = parts
         dweight = None
         if wanted.weight:
-            products = by_transpose(bw, matrix, self.plan.engine)  # type: ignore
-            dweight = torch.addcmul(products, a[:, None], s).addr_(c, total)  # type: ignore
+            dweight = by_transpose(slopes, k.moments, engine, scaled_s)  # type: ignore[arg-type]
             if self.plan.group is not None:  # dy sums to zero over all processes, not over one
-                sum_dy = a * sum_g + b * (w @ total) + c * count_of(g)  # type: ignore
-                dweight.addr_(sum_dy, k.center)  # type: ignore
+                total = k.moments[:, -1]  # type: ignore[index]
+                of_y = slopes[:, :-1] @ total + slopes[:, -1] * count_of(g)
+                dweight = dweight.addr(k.scale * sum_g + of_y, k.center)  # type: ignore[arg-type]
             dweight = dweight.as_strided(weight.shape, weight.stride())  # 1x1: any layout is alike
         gradients = (dweight, None, dgamma, sum_g)
+        scaled = scaled[:, :, None, None]
         if not need_z:
-            return gradients, None
-        return gradients, (by_columns(w, bw, self.plan.engine).to(weight.dtype), c @ w)
+            return gradients, scaled, None
+        rest = by_columns(w.to(dtype), slopes, engine)
+        return gradients, scaled, (rest[:-1].to(weight.dtype), rest[-1])
 
     def _pooled(
         self, x: Tensor, out: Tensor, argmax: Tensor | None, grad: Tensor

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .moments import run
-from .plan import Step
+from .moments import run, sum_over
+from .plan import Kept, Step
 from .reference import memory_format
 from .training_backward import _NOTHING, Backward, Gradients
 
@@ -93,6 +93,15 @@ class FusedBackward(Backward):
         dz, *before = run("bn_backward_conv_dgrad", engine, *given, *step.geometry)
         return dz, tuple(before), own
 
+    def _coefficients(
+        self, k: Kept, count: float, dbeta: Tensor, dgamma: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b and c of ``dy = a g + b y + c``, of batch statistics."""
+        a = k.scale
+        sum_g, sum_gx = sum_over(self.plan.group, dbeta, dgamma)
+        b = a * k.invstd * sum_gx * (-1 / count)
+        return a, b, a * sum_g * (-1 / count) - b * k.mean
+
     def _product_step(
         self, i: int, step: Step, g: Tensor, sum_g: Tensor, x: Tensor, added: Tensor | None
     ) -> tuple[Tensor | None, Sums, Gradients]:
@@ -105,14 +114,13 @@ class FusedBackward(Backward):
             source = (z, scale, shift, k.center, act, list(weight.shape[2:]))
             nothing = (None, None, None, None)
             s = run("bn_backward_conv_wgrad", engine, g, *nothing, *source, *step.geometry)
-        own, rest = self._of_product(i, step, g, sum_g, s, need_z)
+        own, scaled, rest = self._of_product(i, step, g, sum_g, s, need_z)
         if not need_z:
             return None, (None, None), own
         if rest is None:
             given = (None, k.scale, None, None, weight, added, *self._mask(i), list(z.shape[2:]))
             dz, *before = run("bn_backward_conv_dgrad", engine, g, *given, *step.geometry)
         else:
-            scaled = (k.scale.view(-1, 1, 1, 1) * weight).to(weight.dtype)
             given = (scaled, z, scale, shift, k.center, act, *rest, added, *self._mask(i)[3:])
             dz, *before = run("bn_act_gram_backward", engine, g, *given)
         return dz, tuple(before), own

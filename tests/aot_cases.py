@@ -70,6 +70,13 @@ for dtype in DTYPES:
     c = vector(64, dtype)
     add("bn_finalize", c, c, 100.0, stored.to(c.dtype), c, stored, stored, 0.1, 1e-5)
     add("bn_finalize", c, c, 100.0, None, None, None, None, 0.1, 1e-5)
+    weight = torch.empty(c.numel(), c.numel(), dtype=dtype, device="meta")
+    gram = torch.empty(c.numel(), c.numel(), dtype=torch.float64, device="meta")
+    add("gram_moments", gram, gram[0], c, 100.0)
+    product = gram.to(c.dtype)
+    add("gram_stats", weight, product, gram[0], c, 100.0)
+    add("gram_gradients", weight, product, c, c, c, c, None, 100.0)
+    add("gram_gradients", weight, product, c, c, c, c, c, 100.0)
 
 # Channels in and out, pixels along a side, kernel, stride, groups: ResNets', and what divides by 8.
 CONVOLUTIONS = (

@@ -33,6 +33,7 @@ class _Maker:
         self.scale = self.gamma.to(wide) * self.invstd
         self.affine = self.scale, self.beta.to(wide) - self.mean * self.scale
         self.of_batch = self.mean, self.invstd
+        self.center = self.beta.to(wide).clamp_min(0)
         self.weight = channels_last(self.source.normal(OUT_CHANNELS, channels, 3, 3) / 20)
         self.out_affine = tuple(self.source.normal(OUT_CHANNELS).to(wide) for _ in range(2))
         self.out_grad = self.image(IMAGE[0], OUT_CHANNELS, *IMAGE[2:])
@@ -60,6 +61,23 @@ def _backward(m: _Maker) -> tuple[Any, ...]:
     return (*_reduce(m)[:-1], *sums, m.count, "relu")
 
 
+def _gram(m: _Maker) -> tuple[Tensor, Tensor]:
+    return reference_training.bn_act_gram(m.x, *m.affine, m.center, "relu", 1)
+
+
+def _gram_stats(m: _Maker) -> tuple[Any, ...]:
+    weight, (gram, total) = m.weight[:, :, 0, 0].contiguous(), _gram(m)
+    covariance, _ = reference_training.gram_moments(gram, total, m.center, m.count)
+    product = (weight.double() @ covariance.double()).to(m.center.dtype)
+    return weight, product, total, m.center, m.count
+
+
+def _gram_gradients(m: _Maker) -> tuple[Any, ...]:
+    weight, product, *_ = _gram_stats(m)
+    scale, mean = m.out_affine
+    return weight, product, scale, mean, scale.abs() + 0.5, mean + 1, None, m.count
+
+
 def _pool_reduce(m: _Maker) -> tuple[Any, ...]:
     return (*m.pooled(), m.x, *m.of_batch, *WINDOW, "relu")
 
@@ -81,7 +99,10 @@ _ARGUMENTS: dict[str, Any] = {
     "bn_finalize": _finalize,
     "bn_act_backward_reduce": _reduce,
     "bn_act_backward": _backward,
-    "bn_act_gram": lambda m: (m.x, *m.affine, m.beta.to(m.mean).clamp_min(0), "relu", 1),
+    "bn_act_gram": lambda m: (m.x, *m.affine, m.center, "relu", 1),
+    "gram_moments": lambda m: (*_gram(m), m.center, m.count),
+    "gram_stats": _gram_stats,
+    "gram_gradients": _gram_gradients,
     "relu_backward_reduce": lambda m: (m.grad, torch.relu(m.x)),
     "bn_act_maxpool_train": lambda m: (m.x, *m.affine, *WINDOW, False, "relu"),
     "bn_act_maxpool_backward_reduce": _pool_reduce,

@@ -30,6 +30,8 @@ def arguments(channels: int = 5) -> dict[str, tuple]:
         x, scale, shift, *POOL, False, "relu"
     )
     batch = (mean, invstd, *sums, 84.0)
+    weight, rows = source.normal(9, channels), source.uniform(0.5, 1.5, 9)
+    gram = source.normal(channels, channels).double()
     return {
         "bn_act": (x, scale, shift, other, "relu"),
         "bn_act_": (x, scale, shift, other, "relu"),
@@ -48,6 +50,9 @@ def arguments(channels: int = 5) -> dict[str, tuple]:
         "bn_stats": (x,),
         "eltwise_act": ([x, other], "sum", [1.0, -0.5], "relu"),
         "eltwise_act_backward": (grad, [x, other], out, "max", None, "relu"),
+        "gram_gradients": (weight, weight + 1, *(rows for _ in range(4)), None, 84.0),
+        "gram_moments": (gram, gram[0], mean, 84.0),
+        "gram_stats": (weight, weight + 1, gram[0], mean, 84.0),
         "relu_backward_reduce": (grad, out),
     }
 

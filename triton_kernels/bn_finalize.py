@@ -4,10 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.reference import accumulation_dtype
-
 from . import tiles
-from .checks import check_dim, check_dtype, fail, name, vector
+from .checks import check_accumulation, check_dim, check_dtype, fail, vector
 from .launch import bits, launch
 
 
@@ -67,10 +65,8 @@ def bn_finalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "bn_finalize"
     check_dim(op, "mean", mean, 1)
-    check_dtype(op, "mean", mean)
+    check_accumulation(op, "mean", mean)
     dtype, channels = mean.dtype, mean.numel()
-    if dtype != accumulation_dtype(dtype):
-        fail(op, f"mean must be float32 or float64, got {name(dtype)}")
     if not count >= 0:
         fail(op, f"count must be at least 0, got {count:g}")
     if (running_mean is None) != (running_var is None):

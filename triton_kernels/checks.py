@@ -74,6 +74,32 @@ def channel_vector(op: str, argument: str, t: Tensor, x: Tensor) -> Tensor:
     return vector(op, argument, t, x.size(1), accumulation_dtype(x.dtype), x)
 
 
+def check_accumulation(op: str, argument: str, t: Tensor) -> None:
+    """``t`` must be of a type that others are accumulated in."""
+    check_dtype(op, argument, t)
+    if t.dtype != accumulation_dtype(t.dtype):
+        fail(op, f"{argument} must be float32 or float64, got {name(t.dtype)}")
+
+
+def sums(op: str, gram: Tensor, total: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """What ``bn_act_gram`` makes of so many channels, dense."""
+    if gram.dtype != torch.float64:
+        fail(op, f"gram must be float64, got {name(gram.dtype)}")
+    check_sizes(op, "gram", gram, (channels, channels))
+    return gram.contiguous(), vector(op, "sum", total, channels, torch.float64, gram)
+
+
+def beside_weight(op: str, argument: str, t: Tensor, weight: Tensor) -> Tensor:
+    """``t``, dense, of weight's sizes and in the type it is accumulated in."""
+    dtype = accumulation_dtype(weight.dtype)
+    if t.dtype != dtype:
+        fail(op, f"{argument} must be {name(dtype)}, got {name(t.dtype)}")
+    if t.device != weight.device:
+        fail(op, f"{argument} must be on the device of weight")
+    check_sizes(op, argument, t, weight.shape)
+    return t.contiguous()
+
+
 def check_pair(op: str, argument: str, pair: Sequence[int], least: int) -> None:
     if len(pair) != 2 or min(pair) < least:
         fail(op, f"{argument} must be two integers of at least {least}, got {list(pair)}")

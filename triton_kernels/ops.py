@@ -29,6 +29,9 @@ from .conv_dgrad import conv_dgrad, conv_dgrad_
 from .conv_wgrad import conv_wgrad
 from .eltwise_act import eltwise_act
 from .eltwise_act_backward import eltwise_act_backward
+from .gram_gradients import gram_gradients
+from .gram_moments import gram_moments
+from .gram_stats import gram_stats
 from .launch import INTERPRETED
 from .relu_backward_reduce import relu_backward_reduce
 
@@ -57,6 +60,9 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     conv_wgrad,
     eltwise_act,
     eltwise_act_backward,
+    gram_gradients,
+    gram_moments,
+    gram_stats,
     relu_backward_reduce,
 )
 

@@ -183,6 +183,58 @@ struct BnActGramArgs {
   int64_t batch, height, width, channels, stride;
 };
 
+// Of what bn_act_gram makes of `count` positions, in dtype, f32 or f64:
+// covariance = gram - sum sum^T / count, and moments = [gram | sum], of channels + 1 columns.
+struct GramMomentsArgs {
+  DType dtype;
+  const double* gram;
+  const double* sum;
+  void* covariance;
+  void* moments;
+  int64_t channels;
+  double count;
+};
+
+// The statistics of y = weight z over `count` positions, each row of weight one channel of y, from
+// those of z: about = mean of weight (z - center), mean = about + weight center, and m2, the sum of
+// squared deviations, rowdot(weight, product), product being weight covariance. weight is of dtype,
+// sum f64, all else of the type dtype is accumulated in. m2 is at least zero.
+struct GramStatsArgs {
+  DType dtype;
+  const void* weight;
+  const void* product;
+  const double* sum;
+  const void* center;
+  void* mean;
+  void* about;
+  void* m2;
+  int64_t rows, channels;
+  double count;
+};
+
+// The gradient behind batch statistics of such a y, short of matrix products, s being g z^T with z
+// centered and g the gradient of BatchNorm's output; mean is that of weight (z - center):
+//   sum_gx[k] = invstd[k] * (rowdot(weight, s)[k] - mean[k] * sum_g[k]), where none is given;
+//   dy = a g + b y + c: a = scale, b = -a invstd sum_gx / count, c = -a sum_g / count - b mean;
+//   scaled_s = a s, scaled_weight = a weight, slopes = [b weight | c], of channels + 1 columns.
+// weight and scaled_weight are of dtype, all else of the type it is accumulated in.
+struct GramGradientsArgs {
+  DType dtype;
+  const void* weight;
+  const void* s;
+  const void* scale;
+  const void* mean;
+  const void* invstd;
+  const void* sum_g;
+  const void* sum_gx;  // null: from s
+  void* dgamma;        // the sum_gx that is used
+  void* scaled_s;
+  void* slopes;
+  void* scaled_weight;
+  int64_t rows, channels;
+  double count;
+};
+
 // bn_act_maxpool that keeps where the maximum was: argmax = kh * kernel[1] + kw of the first of the
 // largest, or of the last NaN, as torch has it. A window has at most 255 positions.
 struct BnActMaxpoolTrainArgs {
@@ -321,6 +373,9 @@ struct ConvWgradArgs {
   X(bn_act_backward_reduce, BnActBackwardReduceArgs)                \
   X(bn_act_backward, BnActBackwardArgs)                             \
   X(bn_act_gram, BnActGramArgs)                                     \
+  X(gram_moments, GramMomentsArgs)                                  \
+  X(gram_stats, GramStatsArgs)                                      \
+  X(gram_gradients, GramGradientsArgs)                              \
   X(relu_backward_reduce, ReluBackwardReduceArgs)                   \
   X(bn_act_maxpool_train, BnActMaxpoolTrainArgs)                    \
   X(bn_act_maxpool_backward_reduce, BnActMaxpoolBackwardReduceArgs) \

@@ -5,6 +5,7 @@
 #include "ops.h"
 #include "ops_training.h"
 #include "ops_training_conv.h"
+#include "ops_training_gram.h"
 #include "ops_training_pool.h"
 
 namespace fused_resnet::glue {
@@ -57,6 +58,9 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce<Device>));
   library.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<Device>));
   library.impl("bn_act_backward_", TORCH_BOX(&bn_act_backward_<Device>));
+  library.impl("gram_moments", TORCH_BOX(&gram_moments<Device>));
+  library.impl("gram_stats", TORCH_BOX(&gram_stats<Device>));
+  library.impl("gram_gradients", TORCH_BOX(&gram_gradients<Device>));
   library.impl("relu_backward_reduce", TORCH_BOX(&relu_backward_reduce<Device>));
   library.impl("bn_act_gram", TORCH_BOX(&bn_act_gram<Device>));
   library.impl("conv_pack", TORCH_BOX(&conv_pack<Device>));

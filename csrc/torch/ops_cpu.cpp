@@ -2,6 +2,7 @@
 #include "ops.h"
 #include "ops_training.h"
 #include "ops_training_conv.h"
+#include "ops_training_gram.h"
 #include "ops_training_pool.h"
 
 namespace fused_resnet::glue {
@@ -49,6 +50,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<Cpu>));
   library.impl("bn_act_backward_", TORCH_BOX(&bn_act_backward_<Cpu>));
   library.impl("bn_act_gram", TORCH_BOX(&bn_act_gram<Cpu>));
+  library.impl("gram_moments", TORCH_BOX(&gram_moments<Cpu>));
+  library.impl("gram_stats", TORCH_BOX(&gram_stats<Cpu>));
+  library.impl("gram_gradients", TORCH_BOX(&gram_gradients<Cpu>));
   library.impl("relu_backward_reduce", TORCH_BOX(&relu_backward_reduce<Cpu>));
   library.impl("conv_dgrad", TORCH_BOX(&conv_dgrad<Cpu>));
   library.impl("conv_dgrad_", TORCH_BOX(&conv_dgrad_<Cpu>));

@@ -40,6 +40,16 @@ inline constexpr const char* kOps[] = {
     "bn_act_gram(Tensor x, Tensor? scale, Tensor? shift, Tensor center, str act, int stride)"
     " -> (Tensor gram, Tensor sum)",
 
+    "gram_moments(Tensor gram, Tensor sum, Tensor center, float count)"
+    " -> (Tensor covariance, Tensor moments)",
+
+    "gram_stats(Tensor weight, Tensor product, Tensor sum, Tensor center, float count)"
+    " -> (Tensor mean, Tensor about, Tensor m2)",
+
+    "gram_gradients(Tensor weight, Tensor s, Tensor scale, Tensor mean, Tensor invstd,"
+    " Tensor sum_g, Tensor? sum_gx, float count)"
+    " -> (Tensor dgamma, Tensor scaled_s, Tensor slopes, Tensor scaled_weight)",
+
     "relu_backward_reduce(Tensor grad, Tensor out) -> (Tensor g, Tensor sum_g)",
 
     "bn_act_maxpool_train(Tensor x, Tensor scale, Tensor shift, int[] kernel_size, int[] stride,"
