@@ -180,4 +180,5 @@ void check_bn_act();
 void check_bn_scale_shift();
 void check_bn_act_maxpool();
 void check_eltwise_act();
+void check_gram();
 void check_training();

@@ -226,59 +226,6 @@ void check_backward_type() {
 }
 
 template <class T>
-void check_gram_one(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t stride,
-                    bool scaled) {
-  Array<T> x(batch * height * width * channels);
-  Array<Acc<T>> scale(channels, scaled), shift(channels, scaled), center(channels);
-  Array<double> first(channels * channels), gram(channels * channels), sum(channels);
-  x.fill();
-  scale.fill();
-  shift.fill();
-  center.fill();
-  std::vector<double> exact(channels * channels), size(channels * channels), zc(channels);
-  int64_t rows = 0;
-  for (int64_t n = 0; n < batch; ++n)
-    for (int64_t h = 0; h < height; h += stride)
-      for (int64_t w = 0; w < width; w += stride, ++rows) {
-        for (int64_t c = 0; c < channels; ++c) {
-          double z = x.at(((n * height + h) * width + w) * channels + c);
-          if (scaled) z = z * scale.at(c) + shift.at(c);
-          zc[c] = activate(z, Act::relu) - center.at(c);
-        }
-        for (int64_t i = 0; i < channels; ++i)
-          for (int64_t j = 0; j < channels; ++j) {
-            exact[i * channels + j] += zc[i] * zc[j];
-            size[i * channels + j] += 9;  // |z| is at most 2, the center at most 1
-          }
-      }
-  for (int threads : {3, 1}) {
-    const fused_resnet::BnActGramArgs args{
-        Type<T>::dtype, Act::relu, x.data(), scale.data(), shift.data(), center.data(), gram.data(),
-        sum.data(),     batch,     height,   width,        channels,     stride};
-    expect(kernels::bn_act_gram(args, pool(threads)) == Status::ok, "bn_act_gram");
-    // z is rounded to T before it is centered: as T's, in units of the largest.
-    for (int64_t i = 0; i < channels * channels; ++i) {
-      const double rounding = 8 * Type<T>::unit * size[i] + Type<T>::least;
-      const double summed = (rows + 8) * Type<Acc<T>>::unit * size[i];
-      expect(std::fabs(gram.at(i) - exact[i]) <= rounding + summed, "gram");
-    }
-    if (threads == 3) memcpy(first.data(), gram.data(), gram.size() * sizeof(double));
-    expect(gram.same(first), "gram: bits differ with threads");
-  }
-}
-
-template <class T>
-void check_gram_type() {
-  const int64_t lanes = kernels::kLanes<Acc<T>>;
-  for (int64_t channels : {int64_t(1), lanes - 1, lanes, lanes + 1, 3 * lanes, 4 * lanes, 61l})
-    check_gram_one<T>(1, channels, 3, 5, 1, channels % 2);
-  check_gram_one<T>(2, 5, 7, 6, 2, true);
-  check_gram_one<T>(2, 5, 5, 8, 3, true);
-  check_gram_one<T>(1, 3, 2, FR_GRAM_ROWS, 1, true);
-  check_gram_one<T>(0, 3, 4, 5, 1, true);
-}
-
-template <class T>
 void check_pool_one(int64_t channels, int64_t height, int64_t width, int64_t kernel, int64_t stride,
                     int64_t padding, int64_t dilation) {
   fused_resnet::PoolShape s{2, channels, height, width, 0, 0, {}, {}, {}, {}};
@@ -413,7 +360,6 @@ void check_type() {
   check_stats_type<T>();
   check_finalize_type<T>();
   check_backward_type<T>();
-  check_gram_type<T>();
   check_pool_type<T>();
   check_eltwise_type<T>();
 }

@@ -22,6 +22,7 @@ int main(int argc, char** argv) {
   check_bn_scale_shift();
   check_bn_act_maxpool();
   check_eltwise_act();
+  check_gram();
   check_training();
   printf("%lld values\n", static_cast<long long>(checks));
   return 0;
