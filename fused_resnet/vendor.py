@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import accumulation_dtype, conv_shape, empty_image
+from .reference import accumulation_dtype, conv_shape, empty_image, memory_format
+
+
+def _laid_out(y: Tensor, *layout_of: Tensor) -> Tensor:
+    """A convolution's result in the format of every engine; torch's of float64 on CUDA has not."""
+    if y.dtype == torch.float64:
+        return y.contiguous(memory_format=memory_format(*layout_of))
+    return y
 
 
 def conv_bn_act(
@@ -27,6 +34,7 @@ def conv_bn_act(
 ) -> Tensor:
     """``act(conv2d(x, weight) * scale[c] + shift[c] + residual)``; ``packed`` is not read."""
     y = F.conv2d(x, weight, None, list(stride), list(padding), list(dilation), groups)
+    y = _laid_out(y, x, weight)
     if scale is None and shift is None and residual is None and act == "none":
         return y
     dtype = accumulation_dtype(y.dtype)
@@ -123,6 +131,7 @@ def conv_dgrad(
     shape = (grad.size(0), weight.size(1) * groups, *input_size)
     x = empty_image(grad, shape, grad, weight)
     dx = _backward(grad, x, weight, (stride, padding, dilation), groups, [True, False])[0]
+    dx = _laid_out(dx, grad, weight)
     return dx if added is None else dx.add_(added)
 
 

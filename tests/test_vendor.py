@@ -113,6 +113,18 @@ def test_values(kernel, residual, device):
     judge(*zip(*sides, strict=True))
 
 
+def test_layout_on_a_gpu():
+    """That of every engine; torch's own convolution of float64 is always contiguous on CUDA."""
+    with FakeTensorMode():
+        layout = {"device": "cuda", "memory_format": torch.channels_last, "dtype": torch.float64}
+        x, weight = torch.empty((2, 8, 6, 7), **layout), torch.empty((8, 8, 3, 3), **layout)
+        y = vendor.conv_bn_act(x, weight, None, None, None, *WINDOW, 1, "none")
+        dx = vendor.conv_dgrad(y, weight, None, [6, 7], *WINDOW, 1)
+        theirs = F.conv2d(x, weight, None, *WINDOW)
+    assert theirs.is_contiguous()
+    assert placed(y) == placed(dx) == placed(x)
+
+
 # The chooser.
 
 
