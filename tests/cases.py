@@ -18,6 +18,7 @@ import simt_engine
 import torch
 from tolerances import judge
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -61,6 +62,10 @@ class Backend(NamedTuple):
     def emulated(self) -> bool:
         """Whether a GPU's kernels are emulated."""
         return self.device == "cpu" and self.engine in EMULATED
+
+    def move(self, nest: Any) -> Any:
+        """``nest`` with its tensors on the device, laid out as they are."""
+        return of_tensors(lambda t: moved(t, self.device), nest)
 
 
 def work(parameter: Any) -> int:
@@ -309,6 +314,13 @@ def copied(nest: Any) -> Any:
     return of_tensors(lambda t: t.clone() if 0 in t.stride() else copy(t), nest)
 
 
+def moved(t: Tensor, device: str) -> Tensor:
+    """``t`` on ``device``, in a storage like its own: ``to`` would make it dense and aligned."""
+    whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(device)
+    there = whole.as_strided(t.shape, t.stride(), t.storage_offset())
+    return torch._neg_view(there) if t.is_neg() else there
+
+
 def placed(t: Tensor) -> tuple[Any, ...]:
     """Shape, dtype, and where each element lies.
 
@@ -324,11 +336,20 @@ def per_channel(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
 
 
-def shadow(nest: Any) -> Any:
+def shadow(nest: Any, device: str = "meta") -> Any:
     """On the meta device, where only shapes and strides exist, and fake kernels run."""
     return of_tensors(
-        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), nest
+        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device), nest
     )
+
+
+def on_imagined_gpu(f: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """What ``f`` makes of tensors on CUDA, but for their values; no GPU is needed.
+
+    It raises where ``f`` joins them with tensors of its own on the CPU.
+    """
+    with FakeTensorMode():
+        return f(**shadow(given, "cuda"))
 
 
 def at_threads(count: int, f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -345,21 +366,24 @@ def verify(
     ours: Callable[..., Any],
     eager: Callable[..., Any],
     inputs: Callable[[int], dict[str, Any]],
+    imagined: bool = True,
 ) -> None:
     """Hold ``ours`` on ``backend`` against ``eager``.
 
-    Values by the rule of tolerances.py; output laid out as eager's; inputs as they were; the
-    same bits from a second run and, of our own kernels, with one thread, or with emulated ones in
-    another order.
+    Values by the rule of tolerances.py; output laid out as eager's on the CPU, since on CUDA that
+    depends on whose kernel torch takes; inputs as they were; the same bits from a second run and,
+    of our own kernels, with one thread, or with emulated ones in another order.
 
     Args:
         ours, eager: take what ``inputs`` returns as keyword arguments, and return a tensor or
             several.
         inputs: of a seed.
+        imagined: whether both also run as on a GPU; autograd asks the device itself, and cannot.
     """
     results: list[list[Sequence[Tensor]]] = []
     for seed in SEEDS:
-        given = of_tensors(lambda t: t.to(backend.device), inputs(seed))
+        made = inputs(seed)
+        given = backend.move(made)
         before = of_tensors(lambda t: (t.clone(), t.stride()), given)
         with fused_resnet.use_engine(backend.engine):
             result = ours(**given)
@@ -368,12 +392,15 @@ def verify(
                     assert_identical(ours(**given), result, "two runs")
             if backend == ("cpu", "native"):
                 assert_identical(at_threads(1, ours, **given), result, "one thread and two")
+            if imagined and backend == ("cpu", "reference") and seed == SEEDS[0]:
+                for t in tree_leaves([on_imagined_gpu(f, made) for f in (ours, eager)]):
+                    assert t.device.type == "cuda"
         expected = eager(**given)
         assert_identical(of_tensors(lambda t: (t.clone(), t.stride()), given), before, "inputs")
-        truth = eager(**of_tensors(Tensor.double, given))
+        truth = eager(**of_tensors(Tensor.double, made))
         outputs = list(zip(*map(tree_leaves, (result, expected, truth)), strict=True))
-        for output, theirs, _ in outputs:
-            assert placed(output) == placed(theirs)
+        for output, theirs, exact in outputs:
+            assert placed(output) == placed(exact.to(theirs.dtype))
         results.append(outputs)
     for samples in zip(*results, strict=True):
         judge(*zip(*samples, strict=True))

@@ -112,7 +112,7 @@ def raw_arguments(x, bn, residual, act="relu"):
 def test_in_place_gives_the_same_bits(shape, layout, dtype, backend):
     op, in_place = (engines.implementation(f"bn_act{form}", backend.engine) for form in ("", "_"))
     args = raw_arguments(**of_tensors(LAYOUTS[layout], inputs(0, shape, dtype)))
-    args = of_tensors(lambda t: t.to(backend.device), args)
+    args = backend.move(args)
     expected = op(*args)
     for threads in (1, 2):
         given = copied(args)

@@ -154,7 +154,7 @@ def test_a_mean_far_from_zero_costs_no_digits(ratio, layout, backend):
 @pytest.mark.parametrize("mask", MASKS)
 def test_of_fixed_statistics_x_makes_nothing_but_the_mask(mask, backend):
     """torch's backward does not read x there either; its relu lets pass what arrives at NaN."""
-    made = inputs(0, (2, 5, 3, 4), torch.float32, mask, "fixed")
+    made = backend.move(inputs(0, (2, 5, 3, 4), torch.float32, mask, "fixed"))
     made["x"] = torch.full_like(made["x"], torch.nan)
     result = engines.implementation("bn_act_backward", backend.engine)(**made)
     given = {**made, "x": None, "act": "relu" if mask == "out" else "none"}
@@ -187,7 +187,7 @@ def test_in_place_gives_the_same_bits(shape, layout, dtype, backend):
         engines.implementation(f"bn_act_backward{form}", backend.engine) for form in ("", "_")
     )
     args = tuple(of_tensors(LAYOUTS[layout], inputs(0, shape, dtype)).values())
-    args = of_tensors(lambda t: t.to(backend.device), args)
+    args = backend.move(args)
     expected = op(*args)
     for threads in (1, 2):
         given = copied(args)

@@ -162,7 +162,7 @@ def test_mask_of_x_is_that_of_the_stored_activation(dtype, backend):
     work = torch.float64 if dtype == torch.float64 else torch.float32
     scale, shift = torch.full((1,), least / 4, dtype=work), torch.zeros(1, dtype=work)
     vectors = (scale, shift, torch.zeros(1, dtype=work), torch.ones(1, dtype=work))
-    x, *vectors = (t.to(backend.device) for t in (x, *vectors))
+    x, *vectors = backend.move((x, *vectors))
     out = engines.implementation("bn_act", backend.engine)(x, *vectors[:2], None, "relu")
     op = engines.implementation("bn_act_backward_reduce", backend.engine)
     grad = torch.ones_like(x)

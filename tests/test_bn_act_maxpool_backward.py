@@ -62,7 +62,7 @@ def masked(grad, out, act):
 def places(pooling, argmax, x):
     """The pixels the maxima come from, counted through an image."""
     kernel, stride, padding, dilation, _ = geometry(**pooling)
-    rows, columns = (torch.arange(argmax.size(d)) for d in (2, 3))
+    rows, columns = (torch.arange(argmax.size(d), device=x.device) for d in (2, 3))
     at = argmax.long()
     h = at // kernel[1] * dilation[0] + (rows * stride[0] - padding[0]).view(-1, 1)
     w = at % kernel[1] * dilation[1] + columns * stride[1] - padding[1]
@@ -73,7 +73,7 @@ def scattered(pooling, act, grad, out, argmax, x, scale, **rest):
     """Pixel by pixel in the accumulation dtype."""
     g = masked(grad, out, act).to(scale.dtype)
     at = places(pooling, argmax.byte(), x).flatten(2)
-    spread = torch.zeros(*x.shape[:2], x.size(2) * x.size(3), dtype=scale.dtype)
+    spread = scale.new_zeros(*x.shape[:2], x.size(2) * x.size(3))
     return spread.scatter_add(2, at, g.flatten(2)).view(x.shape)
 
 

@@ -53,7 +53,7 @@ def eager(pooling, act, x, scale, shift):
     y = torch_act(wide * per_channel(scale) + per_channel(shift), act)
     out, place = F.max_pool2d(y, **pooling, return_indices=True)
     kernel, stride, padding, dilation, _ = geometry(**pooling)
-    rows, columns = (torch.arange(out.size(d)) for d in (2, 3))
+    rows, columns = (torch.arange(out.size(d), device=x.device) for d in (2, 3))
     h = place // x.size(3) - (rows * stride[0] - padding[0]).view(-1, 1)
     w = place % x.size(3) - (columns * stride[1] - padding[1])
     argmax = h // dilation[0] * kernel[1] + w // dilation[1]
@@ -70,7 +70,7 @@ def check(backend, pooling, make, act="relu"):
 
     verify(backend, first(ours), first(eager), make)
     for seed in range(3):
-        given = of_tensors(lambda t: t.to(backend.device), make(seed))
+        given = backend.move(make(seed))
         implementation = engines.implementation("bn_act_maxpool_train", backend.engine)
         out, argmax = implementation(*given.values(), *geometry(**pooling), act)
         expected = eager(pooling, act, **given)[1]
@@ -106,6 +106,7 @@ def test_ties_and_nan(layout, backend):
     x[1, 3] = torch.nan
     pooling = {"kernel_size": 3, "stride": 2, "padding": 1}
     given = {"x": LAYOUTS[layout](x), "scale": torch.ones(20), "shift": torch.zeros(20)}
+    given = backend.move(given)
     implementation = engines.implementation("bn_act_maxpool_train", backend.engine)
     out, argmax = implementation(*given.values(), *geometry(**pooling), "none")
     expected = eager(pooling, "none", **given)

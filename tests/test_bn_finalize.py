@@ -46,11 +46,11 @@ def arguments(x, bn, running_dtype=None, momentum=0.1):
 
 
 def run(backend, args):
-    """The outputs, and the running statistics as they are afterwards."""
-    args = of_tensors(lambda t: t.to(backend.device), copied(args))
+    """The outputs, and the running statistics as they are afterwards; on the CPU."""
+    args = backend.move(copied(args))
     with use_engine(backend.engine):
         outputs = engines.implementation("bn_finalize", engines.wish())(*args)
-    return [*outputs, *args[5:7]]
+    return of_tensors(torch.Tensor.cpu, [*outputs, *args[5:7]])
 
 
 def eager(x, bn, momentum):
@@ -111,10 +111,9 @@ def test_parameters_of_any_dtype(dtype, backend):
 def test_layouts(layout, backend):
     args = arguments(*inputs(0, 9, torch.float32))
     for i in (0, 1, 3, 4, 5, 6):
-        laid_out = [layout(t) if i == j else t for j, t in enumerate(args)]
-        given = copied(laid_out)
+        given, expected = backend.move(copied(args)), backend.move(copied(args))
+        given = [layout(t) if i == j else t for j, t in enumerate(given)]
         implementation = engines.implementation("bn_finalize", backend.engine)
-        expected = copied(args)
         assert_identical(implementation(*given), implementation(*expected))
         assert torch.equal(given[5], expected[5])
         assert torch.equal(given[6], expected[6])

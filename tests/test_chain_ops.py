@@ -198,4 +198,4 @@ def test_bad_input(op, at, value, words, backend):
     given = INPUTS[op](CASES[0], Source(0, torch.float32), True)
     given[at] = value
     with pytest.raises(RuntimeError, match=f"{op}: {words}"):
-        engines.implementation(op, backend.engine)(*given)
+        engines.implementation(op, backend.engine)(*backend.move(given))

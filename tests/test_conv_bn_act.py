@@ -126,7 +126,7 @@ def test_what_is_not_finite_stays_in_its_group(value, dtype, case, backend):
     made = of_tensors(channels_last, case.inputs(0, dtype))
     made["x"][-1, -1, -1, 0] = value  # a corner, of the last group
     with fused_resnet.use_engine(backend.engine):
-        result = ours(**made)
+        result = ours(**backend.move(made)).cpu()
     marks = {"x": (~made["x"].isfinite()).float(), "weight": torch.ones(made["weight"].shape)}
     reached = F.conv2d(**marks, **case.geometry) > 0
     # relu alone makes an infinity finite.

@@ -126,7 +126,7 @@ def test_what_is_not_finite(value, case, backend):
     made = inputs(case, 0, torch.float32)
     made["grad"][0, -1, -1, 0] = value
     made["added"][0, 0, 0, -1] = value
-    result = engines.implementation("conv_dgrad", backend.engine)(**made)
+    result = engines.implementation("conv_dgrad", backend.engine)(**backend.move(made)).cpu()
     marks = {name: (~made[name].isfinite()).float() for name in ("grad", "added")}
     reached = eager(**{**made, **marks, "weight": torch.ones_like(made["weight"])}) > 0
     assert torch.equal(~result.isfinite(), reached)

@@ -139,7 +139,7 @@ def test_what_is_not_finite_stays_in_its_channels(value, backend):
     made = inputs(case, 0, torch.float32, act="none")
     made["x"][1, 3, 2, 3] = value
     made["grad"][0, 5, 4, 2] = value
-    dw = engines.implementation("conv_wgrad", backend.engine)(**made)
+    dw = engines.implementation("conv_wgrad", backend.engine)(**backend.move(made)).cpu()
     expected = torch.ones(12, 20, 3, 3, dtype=torch.bool)
     expected[:, 3] = False
     expected[5] = False

@@ -44,7 +44,7 @@ over_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 
 
 def given(op: str, backend: Backend, seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    return of_tensors(lambda t: t.to(backend.device), arguments(op, seed, dtype))
+    return backend.move(arguments(op, seed, dtype))
 
 
 def call(op: str, backend: Backend, args: Any) -> list[Tensor]:

@@ -69,8 +69,9 @@ def eager(op, coeff, act, grad, inputs, out):
 
 
 def check(backend, make, op="sum", coeff=None, act="relu"):
-    settings = (op, coeff, act)
-    verify(backend, lambda **t: ours(*settings, **t), lambda **t: eager(*settings, **t), make)
+    given = (op, coeff, act)
+    sides = (lambda **t: ours(*given, **t)), (lambda **t: eager(*given, **t))
+    verify(backend, *sides, make, imagined=False)
 
 
 @over_backends("eltwise_act_backward", isa=True)
