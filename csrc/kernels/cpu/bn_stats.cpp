@@ -1,12 +1,19 @@
 // Two passes over each block while it is in the cache: its mean, then the deviations from it. Their
 // squares are small whatever the mean is, and their plain sum takes back what rounding the mean
-// did. The blocks are joined in fp64 as Chan, Golub and LeVeque join them.
+// did. The blocks are joined in fp64 as Chan, Golub and LeVeque join them. Means are made of
+// differences from a first value, so that of equal values they are exactly those.
 #include "../math.h"
 #include "channels.h"
 
 FR_NAMESPACE_BEGIN
 
 namespace {
+
+// From what is infinite, everything would differ by infinity.
+template <class A>
+A finite(A x) {
+  return x - x == A{} ? x : A{};
+}
 
 template <class T>
 struct Stats {
@@ -16,10 +23,10 @@ struct Stats {
   double* means;  // [block][channel]
   double* m2s;
 
-  // The terms of both passes; what is prepared is the channel's center, zero in the first pass.
-  auto values() const {
-    return [x = x](const Vec<A>&, int64_t at, auto lanes, Vec<A>* terms)
-               FR_LAMBDA { terms[0] = load(x + at, lanes); };
+  // The terms of both passes; what is prepared is the channel's first value, then its center.
+  auto differences() const {
+    return [x = x](const Vec<A>& first, int64_t at, auto lanes, Vec<A>* terms)
+               FR_LAMBDA { terms[0] = load(x + at, lanes) - first; };
   }
   auto deviations() const {
     return [x = x](const Vec<A>& center, int64_t at, auto lanes, Vec<A>* terms) FR_LAMBDA {
@@ -27,6 +34,8 @@ struct Stats {
       terms[1] = terms[0] * terms[0];
     };
   }
+
+  A first_of(int64_t block, int64_t c) const { return finite(load_one(x + blocks.at(block, c))); }
 
   void put(int64_t block, int64_t c, A center, double sum_d, double sum_dd) const {
     const double n = static_cast<double>(blocks.pixels_of(block));
@@ -40,18 +49,20 @@ struct Stats {
   void rows(int64_t block, A* centers, A* sums) const {
     const int64_t channels = blocks.channels;
     const A n = static_cast<A>(blocks.pixels_of(block));
-    sum_rows<1>(blocks, block, [](auto) FR_LAMBDA { return Vec<A>{}; }, values(), centers);
-    for (int64_t c = 0; c < channels; ++c) centers[c] /= n;
-    sum_rows<2>(
-        blocks, block, [&](auto constant) FR_LAMBDA { return constant(centers); }, deviations(),
-        sums);
+    auto prepare = [&](auto constant) FR_LAMBDA { return constant(centers); };
+    for (int64_t c = 0; c < channels; ++c) centers[c] = first_of(block, c);
+    sum_rows<1>(blocks, block, prepare, differences(), sums);
+    for (int64_t c = 0; c < channels; ++c) centers[c] += sums[c] / n;
+    sum_rows<2>(blocks, block, prepare, deviations(), sums);
     for (int64_t c = 0; c < channels; ++c) put(block, c, centers[c], sums[c], sums[channels + c]);
   }
 
   void pixels(int64_t block, int64_t c) const {
     double sums[2];
-    sum_pixels<1, A>(blocks, block, c, [](auto) FR_LAMBDA { return Vec<A>{}; }, values(), sums);
-    const A center = static_cast<A>(sums[0] / static_cast<double>(blocks.pixels_of(block)));
+    const A first = first_of(block, c);
+    sum_pixels<1, A>(
+        blocks, block, c, [&](auto) FR_LAMBDA { return splat(first); }, differences(), sums);
+    const A center = static_cast<A>(first + sums[0] / static_cast<double>(blocks.pixels_of(block)));
     sum_pixels<2, A>(
         blocks, block, c, [&](auto) FR_LAMBDA { return splat(center); }, deviations(), sums);
     put(block, c, center, sums[0], sums[1]);
@@ -70,9 +81,13 @@ void join(const Stats<T>& stats, int64_t begin, int64_t end, double* mean, doubl
       for (int64_t c = begin; c < end; ++c) f(c, n, stats.means[at + c], stats.m2s[at + c]);
     }
   };
+  auto first = [&](int64_t c) { return blocks.count ? finite(stats.means[c]) : 0.0; };
   for (int64_t c = begin; c < end; ++c) mean[c] = m2[c] = 0;
-  over_blocks([&](int64_t c, double n, double block_mean, double) { mean[c] += n * block_mean; });
-  for (int64_t c = begin; c < end; ++c) mean[c] /= static_cast<double>(blocks.pixels());
+  over_blocks([&](int64_t c, double n, double block_mean, double) {
+    mean[c] += n * (block_mean - first(c));
+  });
+  for (int64_t c = begin; c < end; ++c)
+    mean[c] = first(c) + mean[c] / static_cast<double>(blocks.pixels());
   over_blocks([&](int64_t c, double n, double block_mean, double block_m2) {
     const double d = block_mean - mean[c];
     m2[c] += block_m2 + n * d * d;

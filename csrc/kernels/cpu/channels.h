@@ -161,6 +161,11 @@ struct Blocks {
   }
 
   bool by_rows() const { return inner == 1; }
+  // Where a block of a channel begins.
+  int64_t at(int64_t block, int64_t c) const {
+    if (by_rows()) return block * length * channels + c;
+    return (block / pieces * channels + c) * inner + block % pieces * length;
+  }
   int64_t pixels() const { return outer * inner; }
   int64_t pixels_of(int64_t block) const {
     const int64_t whole = by_rows() ? outer : inner, piece = by_rows() ? block : block % pieces;
@@ -202,9 +207,7 @@ template <int kSums, class A, class Prepare, class Term>
 FR_VEC void sum_pixels(const Blocks& blocks, int64_t block, int64_t c, const Prepare& prepare,
                        const Term& term, double* sums) {
   constexpr int kChains = 4;
-  const int64_t image = block / blocks.pieces, piece = block % blocks.pieces;
-  const int64_t at = (image * blocks.channels + c) * blocks.inner + piece * blocks.length;
-  const int64_t n = blocks.pixels_of(block);
+  const int64_t at = blocks.at(block, c), n = blocks.pixels_of(block);
   const auto prepared = prepare(OneChannel{c});
   Vec<A> sum[kChains][kSums] = {};
   int64_t i = 0;

@@ -33,8 +33,9 @@ struct Moments {
     const double n = a[count] + b[count], d = b[mean] - a[mean];
     const double share = static_cast<A>(b[count]) / static_cast<A>(n);
     a[m2] += b[m2] + d * d * (a[count] * share);
-    // Not a + d * share: two infinities make one.
-    a[mean] = (1 - share) * a[mean] + share * b[mean];
+    // Equal means stay what they are, however this is rounded. Not a + d * share: two infinities
+    // make one.
+    if (d != 0) a[mean] = (1 - share) * a[mean] + share * b[mean];
     a[count] = n;
   }
 
