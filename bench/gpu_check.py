@@ -1,13 +1,15 @@
 """python -m bench.gpu_check: everything that needs a GPU, in one go within a time budget.
 
-Correctness first: the tests marked gpu, each file in a process of its own; then compute-sanitizer;
-then the benchmarks. What there was no time for, and what is missing here, is named. RESULTS holds
+The most telling first: the tests marked gpu, in processes of their own; the main benchmarks; a
+sample of the tests of Triton's kernels, which are mostly compiling; compute-sanitizer; the other
+benchmarks. What there was no time for, and what is missing here, is named. RESULTS holds
 gpu-check.json, which is rewritten after every step, a log, and the results of each benchmark.
 ``--device cpu`` does the same on the CPU with tiny sizes: it shows that the script works.
 """
 
 import argparse
 import fnmatch
+import functools
 import json
 import os
 import re
@@ -36,11 +38,13 @@ PASSED, FAILED, PARTLY, LEFT_OUT = "passed", "FAILED", "partly", "left out"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 #: What compute-sanitizer exits with when it has found something.
 FOUND = 86
+#: What pytest exits with when there was no test to run.
+NONE_CHOSEN = 5
 #: What it says of a device it cannot watch.
 REFUSED = "Device not supported"
 OUTCOME = re.compile(r"^(tests/\S+::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
-#: On the CPU: files of tests, with what is taken of them.
-FEW_TESTS = {"tests/test_eltwise_act.py": "test_add_act", "tests/test_device.py": "graph_of or 31"}
+#: On the CPU: what is taken of which files of tests.
+FEW_TESTS = ("test_add_act or graph_of or 31", "tests/test_eltwise_act.py", "tests/test_device.py")
 #: Seconds a step must have left to be worth a start.
 LEAST = 10.0
 
@@ -71,6 +75,7 @@ class Check:
 
     def __init__(self, results: Path, device: str, budget: float, workers: int) -> None:
         self.results, self.device, self.workers = results, device, workers
+        self.tests: list[str] | None = None  # once they are known
         self.until = time.monotonic() + budget
         self.gpu = device == "cuda"
         results.mkdir(parents=True, exist_ok=True)
@@ -124,46 +129,79 @@ class Check:
 PYTEST = (sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider")
 
 
-def files_with(check: Check, seconds: float, *chosen: str) -> list[str]:
-    """The files that have any of the tests chosen."""
+class Tests(NamedTuple):
+    """The tests of a step."""
+
+    name: str
+    limit: float  #: seconds it may take
+    engine: str  #: by pytest's -k
+    sample: int  #: one in so many is run
+    part: int  #: by one process, about: a longer file is shared out
+
+
+#: Every test of Triton's kernels compiles some: all of them would take an hour.
+TESTS = (Tests("tests", 130, "not triton", 1, 400), Tests("tests-triton", 60, "triton", 6, 100))
+
+
+def tests_with(check: Check, seconds: float, *chosen: str) -> list[str]:
+    """The names of the tests chosen."""
     found = check.command([*PYTEST, "--collect-only", "-q", *chosen], seconds)
-    return sorted(set(re.findall(r"^(tests/test_\w+\.py)::", found.output, re.MULTILINE)))
+    return re.findall(r"^(tests/test_\w+\.py::.*)$", found.output, re.MULTILINE)
 
 
-def run_tests(check: Check, seconds: float) -> Outcome:
-    """Every file in its own process: after an illegal access a process has no GPU any more."""
+def parts(names: Sequence[str], sample: int, part: int) -> list[tuple[str, str]]:
+    """Files of tests and the part of each that a process runs, of the longest files first."""
+    counts = Counter(name.partition("::")[0] for name in names)
+    shares = {file: -(-n // (sample * part)) for file, n in counts.most_common()}
+    return [(file, f"{i * sample}/{n * sample}") for file, n in shares.items() for i in range(n)]
+
+
+def run_tests(check: Check, tests: Tests, seconds: float) -> Outcome:
+    """In several processes: after an illegal access one has no GPU any more."""
     until = time.monotonic() + seconds
-    files = files_with(check, seconds, "-m", "gpu", "tests") if check.gpu else list(FEW_TESTS)
+    few, *files = FEW_TESTS
+    chosen = ["-m", "gpu"] if check.gpu else ["-m", "not gpu", "-k", few]
+    if check.tests is None:
+        check.tests = tests_with(check, seconds, *chosen, *(["tests"] if check.gpu else files))
+    named = tests.engine if check.gpu else f"({few}) and {tests.engine}"
+    asked = [name for name in check.tests if ("triton" in name) == (tests.engine == "triton")]
+    jobs = parts(asked, tests.sample, tests.part)
 
-    def run(file: str) -> Done:
+    def run(job: tuple[str, str]) -> Done:
+        file, part = job
         left = until - time.monotonic()
-        chosen = ["-m", "gpu"] if check.gpu else ["-k", FEW_TESTS[file]]
         if left < LEAST / 2:
             return Done(None, "")
-        return check.command([*PYTEST, "-v", *chosen, file], left)
+        words = [*PYTEST, "-v", *chosen[:2], "-k", named, "--part", part, file]
+        return check.command(words, left)
 
     with ThreadPoolExecutor(check.workers) as pool:
-        done = dict(zip(files, pool.map(run, files), strict=True))
+        done = dict(zip(jobs, pool.map(run, jobs), strict=True))
     counts: Counter[str] = Counter()
     failed: list[str] = []
     unfinished: list[str] = []
-    for file, each in done.items():
+    for (file, part), each in done.items():
         outcomes = OUTCOME.findall(each.output)
         counts.update(word.lower() for _, word in outcomes)
         wrong = [name for name, word in outcomes if word in ("FAILED", "ERROR", "XPASS")]
         failed += wrong
+        after = f"after {len(outcomes)} tests"
         if each.code is None:
-            unfinished.append(f"{file} after {len(outcomes)} tests")
-        elif each.code and not wrong:  # it died, or did not even begin
-            failed.append(f"{file}: exit status {each.code} after {len(outcomes)} tests")
+            unfinished.append(f"{file} {part} {after}")
+        elif each.code not in (0, NONE_CHOSEN) and not wrong:  # it died, or did not even begin
+            failed.append(f"{file} {part}: exit status {each.code} {after}")
     kept = {"counts": dict(counts), "failed": failed, "unfinished": unfinished}
-    if not files:
+    kept |= {"of": len(asked), "sample": tests.sample}
+    if not asked:
         return Outcome(FAILED, "there are no tests for the device, or they cannot be imported")
     if failed:
         return Outcome(FAILED, f"{len(failed)} failed: {', '.join(failed[:3])}", kept)
     if unfinished:
         return Outcome(PARTLY, f"no time for the rest of {', '.join(unfinished)}", kept)
-    return Outcome(PASSED, ", ".join(f"{n} {word}" for word, n in counts.items()), kept)
+    found = ", ".join(f"{n} {word}" for word, n in counts.items())
+    if tests.sample > 1:
+        found += f"; a sample, one in {tests.sample} of {len(asked)}, for want of time"
+    return Outcome(PASSED, found, kept)
 
 
 # --- compute-sanitizer. ---
@@ -209,7 +247,7 @@ def judge_sanitizer(done: Done) -> Outcome:
 # --- Benchmarks. ---
 
 
-def measure(check: Check, name: str, seconds: float, *options: str) -> Outcome:
+def measure(check: Check, name: str, options: Sequence[str], seconds: float) -> Outcome:
     """A run of ``python -m bench``, which writes its results after each of its cases."""
     output = check.results / f"{name}.json"
     output.unlink(missing_ok=True)
@@ -230,6 +268,20 @@ def measure(check: Check, name: str, seconds: float, *options: str) -> Outcome:
     return Outcome(FAILED, last[:300], kept)
 
 
+def warm(check: Check, seconds: float) -> Outcome:
+    """Compile in parallel what the benchmarks would compile one after the other."""
+    words = [sys.executable, "-m", "bench.warm", "--device", check.device]
+    if not check.gpu:  # where Triton compiles nothing: does it run?
+        words += ["--engine", "native", "--network", "resnet18", "--batch", "2", "--size", "32"]
+    done = check.command(words, seconds)
+    if done.code is None:
+        return Outcome(PARTLY, "its time was over; what was compiled is kept")
+    if done.code:
+        failed = re.findall(r"^FAILED (\S+)", done.output, re.MULTILINE)
+        return Outcome(FAILED, f"{', '.join(failed) or 'nothing was run'}, see the log")
+    return Outcome(PASSED)
+
+
 class Plan(NamedTuple):
     """A run of the benchmark."""
 
@@ -243,18 +295,21 @@ class Plan(NamedTuple):
 
 MEMORY_BOUND = ("bn_act/*", "bn_act_*/*", "eltwise_act/*", "relu_backward_reduce/*")
 ON_GPU = (
-    Plan("memory-bound", 60, MEMORY_BOUND, 128, 1.5, 1),
-    Plan("inference-b32", 100, ("resnet50/*",), 32, 6, 35),
-    Plan("training-b128", 140, ("train/resnet50/*",), 128, 8, 50),
-    Plan("inference-b1", 100, ("resnet50/*",), 1, 6, 35),
-    Plan("inference-b128", 100, ("resnet50/*",), 128, 6, 35),
-    Plan("training-b256", 140, ("train/resnet50/*",), 256, 8, 50),
-    Plan("convolutions", 60, ("conv_bn_act/*",), 128, 1.5, 1),
+    Plan("memory-bound", 45, MEMORY_BOUND, 128, 1, 1),
+    Plan("training-b128", 110, ("train/resnet50/*",), 128, 6, 35),
+    Plan("inference-b128", 75, ("resnet50/*",), 128, 5, 25),
+    Plan("inference-b1", 75, ("resnet50/*",), 1, 5, 25),
+    Plan("inference-b32", 75, ("resnet50/*",), 32, 5, 25),
+    Plan("training-b256", 110, ("train/resnet50/*",), 256, 6, 35),
+    Plan("convolutions", 60, ("conv_bn_act/*",), 128, 1, 1),
 )
+#: Those that matter most.
+MAIN = ("memory-bound", "training-b128", "inference-b128", "inference", "training")
+ON_CPU_LIMIT = 300
 ON_CPU = (
-    Plan("memory-bound", 300, ("*/2048x*x*/*",), 2, 0, 1),
-    Plan("inference", 300, ("resnet18/*",), 2, 0, 1),
-    Plan("training", 300, ("train/resnet18/*",), 2, 0, 1),
+    Plan("memory-bound", ON_CPU_LIMIT, ("*/2048x*x*/*",), 2, 0, 1),
+    Plan("inference", ON_CPU_LIMIT, ("resnet18/*",), 2, 0, 1),
+    Plan("training", ON_CPU_LIMIT, ("train/resnet18/*",), 2, 0, 1),
 )
 #: What is measured beside eager; on the CPU nothing that compiles.
 OURS = ("fused", "fused on *", "frozen*", "vendor", "native", "triton")
@@ -269,20 +324,28 @@ def benchmarks(check: Check) -> Iterator[Step]:
         options += ["--variants", *OURS, *few]
         options += ["--seconds", str(plan.seconds), "--patience", str(plan.patience)]
 
-        def run(seconds: float, name: str = plan.name, options: list[str] = options) -> Outcome:
-            return measure(check, name, seconds, *options)
-
-        yield Step(plan.name, plan.limit, run)
+        yield Step(plan.name, plan.limit, functools.partial(measure, check, plan.name, options))
 
 
 # --- All of it. ---
 
 
 def steps(check: Check) -> Iterator[Step]:
-    yield Step("tests", 200, lambda seconds: run_tests(check, seconds))
+    def limit(seconds: float) -> float:
+        return seconds if check.gpu else ON_CPU_LIMIT
+
+    native, triton = (
+        Step(tests.name, limit(tests.limit), functools.partial(run_tests, check, tests))
+        for tests in TESTS
+    )
+    measured = list(benchmarks(check))
+    yield native
+    yield Step("warm", limit(45), functools.partial(warm, check))
+    yield from (step for step in measured if step.name in MAIN)
+    yield triton
     for tool in SANITIZERS:
-        yield Step(tool, 60, lambda seconds, tool=tool: sanitize(check, tool, seconds))
-    yield from benchmarks(check)
+        yield Step(tool, 30, functools.partial(sanitize, check, tool))
+    yield from (step for step in measured if step.name not in MAIN)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,9 +360,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--budget", type=float, default=480, metavar="S", help="seconds in all (default: 480)")
     add("--steps", nargs="+", default=["*"], metavar="PATTERN",
         help="only some of them, by name: tests, memcheck, memory-bound, ...")  # fmt: skip
-    add("--workers", type=positive, metavar="N", help="test files at once (default: cores / 2)")
+    add("--workers", type=positive, metavar="N", help="processes of tests (default: cores - 2)")
     args = parser.parse_args(argv)
-    workers = args.workers or max(1, facts.physical_cores() // 2)
+    workers = args.workers or max(1, facts.physical_cores() - 2)
     check = Check(args.results.resolve(), args.device, args.budget, workers)
     environment = check.content["environment"]
     if check.gpu and not environment["gpus"]:

@@ -2,14 +2,17 @@
 
 A skip is never silent: ``--require`` names what must be there, and a test skipped for want of it
 fails. What a run leaves out on purpose (``slow`` tests without ``--full``, ``gpu`` tests without a
-GPU, large cases and faulty types of an emulated engine) is deselected instead, and the header or
-the summary says so.
+GPU, large cases and faulty types of an emulated engine, all but a ``--part``) is deselected
+instead, and the header or the summary says so.
 """
 
+import argparse
 import importlib.util
 import os
 import re
 import sys
+import zlib
+from typing import NamedTuple
 
 # Threads that wait must not spin: with a worker of pytest-xdist per core they would take the cores
 # from those they wait for. Read when torch is first imported.
@@ -37,6 +40,27 @@ if importlib.util.find_spec("hypothesis") is None:
 
 THREADS = 2
 FAULTY = pytest.StashKey[int]()
+OTHER_PARTS = pytest.StashKey[int]()
+
+
+class Part(NamedTuple):
+    """Every so many of the tests, evenly over files and parameters: by the checksum of its name."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        number, slash, count = text.partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+        return cls(int(number), int(count))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def __contains__(self, name: object) -> bool:
+        return zlib.crc32(str(name).encode()) % self.count == self.number
 
 
 def pytest_addoption(parser):
@@ -48,6 +72,14 @@ def pytest_addoption(parser):
         metavar="LIST",
         help="comma-separated capabilities (gpu, g++, nvcc, triton, ...): a test whose reason to "
         "be skipped names one of them fails; all: every skip is a failure",
+    )
+    group.addoption(
+        "--part",
+        type=Part.parse,
+        default=Part(0, 1),
+        metavar="I/N",
+        help="run one part of the tests, of N like ones: a sample, or what one process of several "
+        "does",
     )
     group.addoption(
         "--unpoisoned",
@@ -81,6 +113,9 @@ def left_out(config) -> dict[str, str]:
 
 def pytest_report_header(config):
     markers = ", ".join(f"{name} ({why})" for name, why in left_out(config).items())
+    part = config.getoption("--part")
+    if part.count > 1:
+        markers += f"{', ' if markers else ''}all but part {part} (--part)"
     large = ", ".join(f"{name} above {e.most} elements" for name, e in cases.EMULATED.items())
     return [
         f"fused_resnet: {fused_resnet.__version__}, isa {_C.isa()}, torch {torch.__version__}",
@@ -104,9 +139,12 @@ def pytest_collection_modifyitems(config, items):
         or cases.too_slow(parameters(item))
     ]
     out += faulty
-    if out:
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in set(out)]
+    other = [item for item in items if item.nodeid not in config.getoption("--part")]
+    config.stash[OTHER_PARTS] = len({*other} - {*out})
+    out += other
+    if gone := dict.fromkeys(out):
+        config.hook.pytest_deselected(items=[*gone])
+        items[:] = [item for item in items if item not in gone]
 
 
 def forbidden(config, reason: str) -> str | None:
@@ -145,6 +183,9 @@ def pytest_terminal_summary(terminalreporter, config):
             f"left out: {count} tests of bfloat16 on cpu-triton, which Triton's interpreter rounds "
             "wrongly"
         )
+    if count := config.stash.get(OTHER_PARTS, 0):
+        part = config.getoption("--part")
+        terminalreporter.write_line(f"left out: {count} tests of other parts than --part={part}")
     for report in terminalreporter.stats.get("skipped", []):
         terminalreporter.write_line(f"SKIPPED {report.nodeid}: {report.longrepr[2]}")
 

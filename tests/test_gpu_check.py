@@ -22,14 +22,16 @@ def test_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "gpu-check.json").read_text())
     outcomes = {row["step"]: row["status"] for row in content["steps"]}
-    assert outcomes == {
-        "tests": PASSED,
-        **dict.fromkeys(gpu_check.SANITIZERS, LEFT_OUT),
-        **dict.fromkeys(("memory-bound", "inference", "training"), PASSED),
-    }
-    tests = content["steps"][0]
-    assert tests["counts"]["passed"] >= 10
-    assert tests["counts"].keys() == {"passed"}
+    assert list(outcomes) == [
+        *("tests", "warm", "memory-bound", "inference", "training", "tests-triton"),
+        *gpu_check.SANITIZERS,
+    ]
+    assert outcomes == dict.fromkeys(outcomes, PASSED) | dict.fromkeys(
+        gpu_check.SANITIZERS, LEFT_OUT
+    )
+    for tests, least in (content["steps"][0], 10), (content["steps"][5], 1):
+        assert tests["counts"]["passed"] >= least
+        assert tests["counts"].keys() == {"passed"}
     for name in ("gpus", "driver", "versions", "commit", "device"):
         assert name in content["environment"]
     for plan in gpu_check.ON_CPU:
@@ -119,7 +121,7 @@ GOOD = Done(0, f"{A}::test_1 PASSED [ 50%]\n{A}::test_2 PASSED [100%]\n")
         (Done(0, f"{B}::test_1[x y] PASSED\n"), PASSED, "3 passed"),
         (Done(0, f"{B}::test_1[x y] SKIPPED (one device)\n"), PASSED, "2 passed, 1 skipped"),
         (Done(1, f"{B}::test_1[x y] FAILED\n"), FAILED, "test_1[x y]"),
-        (Done(None, ""), PARTLY, f"{B} after 0 tests"),
+        (Done(None, ""), PARTLY, f"{B} 0/1 after 0 tests"),
         (Done(-11, f"{B}::test_1[x y] "), FAILED, "exit status -11 after 0 tests"),
         (Done(2, "ImportError"), FAILED, "exit status 2 after 0 tests"),
     ],
@@ -127,19 +129,56 @@ GOOD = Done(0, f"{A}::test_1 PASSED [ 50%]\n{A}::test_2 PASSED [100%]\n")
 )
 def test_tests(check, second, status, why):
     check.workers = 1
-    outcome = gpu_check.run_tests(on_gpu(check, BOTH, GOOD, second), 100)
+    outcome = gpu_check.run_tests(on_gpu(check, BOTH, GOOD, second), gpu_check.TESTS[0], 100)
     assert outcome.status == status
     assert why in outcome.why
 
 
 def test_files_are_found(check):
     chosen = ("-k", "test_add_act or test_files_are_found", "tests/test_eltwise_act.py")
-    found = gpu_check.files_with(check, 100, *chosen, "tests/test_gpu_check.py")
-    assert found == ["tests/test_eltwise_act.py", "tests/test_gpu_check.py"]
+    found = gpu_check.tests_with(check, 100, *chosen, "tests/test_gpu_check.py")
+    files = {name.partition("::")[0] for name in found}
+    assert files == {"tests/test_eltwise_act.py", "tests/test_gpu_check.py"}
+
+
+def test_a_long_file_is_shared_out_and_begun_first():
+    names = [f"{A}::test_1", *(f"{B}::test_1[{i}]" for i in range(1201))]
+    assert gpu_check.parts(names, 1, 600) == [(B, "0/3"), (B, "1/3"), (B, "2/3"), (A, "0/1")]
+    assert gpu_check.parts(names, 6, 150) == [(B, "0/12"), (B, "6/12"), (A, "0/6")]
+
+
+def test_a_sample(check):
+    """Of the names that were found before; the summary says so, and a part without any is none."""
+    check.workers, check.tests = 1, [f"{A}::test_1[triton]", f"{B}::test_1[triton]", f"{B}::test_2"]
+    ends = Done(0, f"{A}::test_1[triton] PASSED\n"), Done(5, "")
+    outcome = gpu_check.run_tests(on_gpu(check, *ends), gpu_check.TESTS[1], 100)
+    assert outcome.status == PASSED
+    assert "1 passed; a sample, one in 6 of 2" in outcome.why
+
+
+@pytest.mark.parametrize(
+    ("done", "status", "why"),
+    [
+        (Done(0, "layer1.0 after 9 s"), PASSED, ""),
+        (
+            Done(1, "Error\nFAILED layer1.0 after 9 s\nFAILED all after 9 s"),
+            FAILED,
+            "layer1.0, all",
+        ),
+        (Done(1, "ImportError"), FAILED, "nothing was run"),
+        (Done(None, ""), PARTLY, "its time was over"),
+    ],
+    ids=str,
+)
+def test_warm(check, done, status, why):
+    outcome = gpu_check.warm(on_gpu(check, done), 10)
+    assert outcome.status == status
+    assert why in outcome.why
 
 
 def test_no_tests(check):
-    assert gpu_check.run_tests(on_gpu(check, Done(2, "SyntaxError")), 100).status == FAILED
+    done = Done(2, "SyntaxError")
+    assert gpu_check.run_tests(on_gpu(check, done), gpu_check.TESTS[0], 100).status == FAILED
 
 
 OPS = f"{A}::test_values[bn_act] PASSED [100%]\n"
@@ -179,6 +218,6 @@ def test_no_sanitizer(check, monkeypatch, tmp_path):
     ids=str,
 )
 def test_benchmark_without_results(check, done, status, why):
-    outcome = gpu_check.measure(on_gpu(check, done), "ops", 10)
+    outcome = gpu_check.measure(on_gpu(check, done), "ops", [], 10)
     assert (outcome.status, outcome.facts) == (status, {"cases": 0, "missing": []})
     assert why in outcome.why

@@ -1,9 +1,11 @@
 """The options of conftest.py: a skip is counted, named and, where it is forbidden, a failure."""
 
+import argparse
 import os
 import subprocess
 import sys
 
+import conftest
 import pytest
 from cases import ROOT
 
@@ -60,6 +62,24 @@ def test_skips(options, expected, tmp_path):
     assert counts == expected, printed
     for reason in ("no g++: nothing to compile with", "no timm", "no triton"):
         assert reason in printed
+
+
+def test_parts(tmp_path):
+    """Together they are the whole, and each says what it leaves out."""
+    total = 0
+    for i in range(3):
+        counts, printed = run(tmp_path, "--full", f"--part={i}/3")
+        ran = sum(n for word, n in counts.items() if word != "deselected")
+        total += ran - 1  # what is skipped as a file is in every part
+        assert ran + counts.get("deselected", 0) == 6, printed
+        assert f"left out: {6 - ran} tests of other parts than --part={i}/3" in printed
+    assert total == 5
+
+
+def test_parts_that_cannot_be():
+    for part in ("3/3", "1", "-1/2", "a/b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be I/N"):
+            conftest.Part.parse(part)
 
 
 @pytest.mark.parametrize(
