@@ -14,6 +14,7 @@ from torch.nn.modules import module as nn_module
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import engines
+from .plan import Params
 from .sync_batch_norm import SyncBatchNorm, group_of
 
 # Modules are typed Any below: nn.Module's attributes are Tensor | Module to a type checker.
@@ -42,6 +43,24 @@ def plain(m: nn.Module, kinds: Iterable[type]) -> str | None:
     return None
 
 
+def params_of(conv: Any, bn: Any) -> Params:
+    """A pair's tensors as they are now."""
+    # Asked at every call: nn.Module's own dictionaries answer in a fifth of the time of its
+    # __getattr__. What is not there is a buffer, of FrozenBatchNorm2d, or a plain attribute.
+    own, norm, running = conv._parameters, bn._parameters, bn._buffers
+    try:
+        return Params(
+            own["weight"],
+            own["bias"],
+            norm["weight"],
+            norm["bias"],
+            running["running_mean"],
+            running["running_var"],
+        )
+    except KeyError:
+        return Params(conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+
+
 def pair_obstacle(conv: Any, bn: Any) -> str | None:
     """Why this pair can never run fused as the modules stand now, or None."""
     if (reason := plain(conv, (nn.Conv2d,))) is not None:
@@ -52,10 +71,10 @@ def pair_obstacle(conv: Any, bn: Any) -> str | None:
         return f"conv: padding_mode is {conv.padding_mode!r}"
     if not isinstance(conv.padding, tuple):
         return f"conv: padding is {conv.padding!r}"
-    weight, mean = conv.weight, bn.running_mean
+    weight, _, _, _, mean, var = params_of(conv, bn)
     if type(weight) is not nn.Parameter and hasattr(weight, "placements"):
         return "parameters are sharded"
-    if (mean is None) != (bn.running_var is None):
+    if (mean is None) != (var is None):
         return "bn: it keeps one running statistic and not the other"
     channels = bn.num_features if mean is None else mean.shape[0]
     if channels != conv.out_channels:
@@ -63,33 +82,35 @@ def pair_obstacle(conv: Any, bn: Any) -> str | None:
     return None
 
 
-def norm_takes(bn: Any, dtype: torch.dtype) -> bool:
-    """Whether torch takes activations of ``dtype`` with this BatchNorm; half also with fp32."""
+def norm_takes(norm: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether torch takes activations of ``dtype`` with a BatchNorm's tensors; half with fp32."""
+    kinds = {t.dtype for t in norm if t is not None}
     half = dtype in (torch.float16, torch.bfloat16)
-    kinds = {
-        t.dtype for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias) if t is not None
-    }
     return kinds <= {dtype} or (half and kinds == {torch.float32})
 
 
-def _dtype_obstacle(conv: Any, bn: Any, x: Tensor) -> str | None:
-    """Dtypes torch refuses, or computes with another meaning, are left to torch."""
-    dtype, weight, mean = x.dtype, conv.weight, bn.running_mean
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    elif weight.dtype != dtype:
+def _tensor_obstacle(
+    tensors: Params, x: Tensor, device: torch.device, autocast: torch.dtype | None
+) -> str | None:
+    """Types torch refuses, or computes with another meaning, and devices are left to torch."""
+    weight, mean = tensors.weight, tensors.running_mean
+    if autocast is None and weight.dtype != x.dtype:
         return "input and weight differ in dtype"
-    if not norm_takes(bn, dtype):
+    if not norm_takes(tensors[2:], autocast or x.dtype):
         return "bn and activations differ in dtype"
-    if weight.device != x.device or (mean is not None and mean.device != x.device):
+    if weight.device != device or (mean is not None and mean.device != device):
         return "tensors are on different devices"
     return None
 
 
 def uses_batch_statistics(bn: Any) -> bool:
     """Whether a BatchNorm's next forward takes its statistics from the batch."""
-    frozen = isinstance(bn, FrozenBatchNorm2d)
-    return not frozen and (bn.training or (bn.running_mean is None and bn.running_var is None))
+    if isinstance(bn, FrozenBatchNorm2d):
+        return False
+    if bn.training:
+        return True
+    kept = bn._buffers.get("running_mean") is not None  # as in params_of
+    return not kept and bn.running_mean is None and bn.running_var is None
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
@@ -104,7 +125,7 @@ def trains(pairs: Iterable[tuple[Any, Any]], *inputs: Tensor | None) -> bool:
         return True
     if not torch.is_grad_enabled():
         return False
-    tensors = [t for conv, bn in pairs for t in (conv.weight, conv.bias, bn.weight, bn.bias)]
+    tensors = [t for pair in pairs for t in params_of(*pair)[:4]]
     return needs_grad([*inputs, *tensors])
 
 
@@ -126,8 +147,8 @@ def _training_obstacle(pairs: Sequence[tuple[Any, Any]], x: Tensor) -> str | Non
         return "the reference engine trains as torch does"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    for _, bn in pairs:
-        if any(t is not None and t.requires_grad for t in (bn.running_mean, bn.running_var)):
+    for conv, bn in pairs:
+        if any(t is not None and t.requires_grad for t in params_of(conv, bn)[4:]):
             return "bn: its running statistics require grad"
         synchronised = group_of(bn) is not None
         if synchronised and torch.compiler.is_compiling():
@@ -176,18 +197,18 @@ def obstacle(
     for m, kind in skipped:
         if (reason := plain(m, (kind,))) is not None:
             return f"{kind.__name__}: {reason}"
+    device = x.device
+    where = device.type
+    autocast = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
     for conv, bn in pairs:
         if (reason := pair_obstacle(conv, bn)) is not None:
             return reason
         if bn.eps <= 0:
             return "bn: eps is not positive"
-        if (reason := _dtype_obstacle(conv, bn, x)) is not None:
+        if (reason := _tensor_obstacle(params_of(conv, bn), x, device, autocast)) is not None:
             return reason
     if trains(pairs, x, residual) and (reason := _training_obstacle(pairs, x)) is not None:
         return reason
-    if (
-        engines.wish() == "auto"
-        and engines.choose("conv_bn_act", x.device.type, x.dtype) == "reference"
-    ):
-        return f"there are no kernels for {x.dtype} on {x.device.type}"
+    if engines.wish() == "auto" and engines.choose("conv_bn_act", where, x.dtype) == "reference":
+        return f"there are no kernels for {x.dtype} on {where}"
     return None

@@ -233,6 +233,10 @@ def suits(op: str, channels_last: bool, weight: Sequence[int] = (), groups: int 
     return channels_last and groups == 1
 
 
+# Asking the driver at every convolution would cost as much as starting it.
+_has_gpu = functools.cache(torch.cuda.is_available)
+
+
 @torch.compiler.assume_constant_result
 def allows_tf32() -> bool:
     """Whether torch's convolutions multiply float32 as TF32, which has float16's precision.
@@ -240,7 +244,7 @@ def allows_tf32() -> bool:
     A compiled program keeps the answer of when it was traced. CPUs have no TF32.
     """
     setting = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return torch.cuda.is_available() and setting.fp32_precision == "tf32"
+    return _has_gpu() and setting.fp32_precision == "tf32"
 
 
 def implementation(op: str, engine: str) -> Callable[..., Any]:
