@@ -145,8 +145,6 @@ def _training_obstacle(pairs: Sequence[tuple[Any, Any]], x: Tensor) -> str | Non
     """Why a call that trains is left to torch, or None."""
     if engines.wish() == "reference":
         return "the reference engine trains as torch does"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
     for conv, bn in pairs:
         if any(t is not None and t.requires_grad for t in params_of(conv, bn)[4:]):
             return "bn: its running statistics require grad"
@@ -169,6 +167,8 @@ def recording() -> str | None:
         return "torch.jit.trace is recording"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a functorch transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
     return None
 
 

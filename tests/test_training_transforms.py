@@ -86,7 +86,7 @@ def test_vmap():
 
 
 @over_modes
-@pytest.mark.parametrize("through", ["func", "forward_ad"])
+@pytest.mark.parametrize("through", ["func", "forward_ad", "no_grad"])
 def test_forward_mode(through, train):
     results = []
     for model, x in trio(train):
@@ -94,7 +94,8 @@ def test_forward_mode(through, train):
         if through == "func":
             output = torch.func.jvp(lambda x, model=model: call(model, {}, x), (x,), (tangent,))
         else:
-            with forward_ad.dual_level():
+            # Tangents are followed where gradients are not.
+            with forward_ad.dual_level(), torch.set_grad_enabled(through == "forward_ad"):
                 output = tuple(forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))))
         assert output[1].abs().sum() > 0
         results.append(list(output))
