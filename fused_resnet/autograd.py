@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from . import engines, reference_training
 from .moments import count_of
+from .native import below_autograd
 from .reference import _per_channel, accumulation_dtype
 from .reference_training import _PIXELS, relu_backward
 
@@ -36,9 +37,9 @@ def transformed() -> bool:
 def _call(op: str, engine: str, *args: Any) -> Any:
     """An op inside a Function, where nothing is recorded."""
     implementation = engines.implementation(op, engine)
-    if engine == "reference" or torch.compiler.is_compiling():
+    if engine == "reference":
         return implementation(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return implementation(*args)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import engines, measure, vendor
 from .modules import geometry_of, pair_scale_shift
+from .native import below_autograd
 from .reference import accumulation_dtype
 
 _CONV_BN_ACT = torch.ops.fused_resnet.conv_bn_act.default
@@ -22,6 +23,14 @@ CUDNN = "cudnn"
 #: How often each engine is timed on a layer, and how much faster another must be to be taken.
 TUNE_ROUNDS = 3
 TUNE_MARGIN = 1.1
+
+
+def _unrecorded(op: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call an op, past what would ask for gradients where there are none."""
+    if torch.is_grad_enabled():
+        return op(*args)
+    with below_autograd():
+        return op(*args)
 
 
 def _fold(weight: Tensor, scale: Tensor) -> Tensor | None:
@@ -73,17 +82,13 @@ class FrozenConv(nn.Module):
         if self.engine != "native" and (x.is_cuda or not compiling):
             if self.engine == CUDNN:
                 return vendor.conv_bn_act_cudnn(*args)
-            return engines.implementation("conv_bn_act", self.engine)(*args)
+            return _unrecorded(engines.implementation("conv_bn_act", self.engine), *args)
         # Compiled and exported programs carry plain weights only.
         if compiling:
             return torch.ops.fused_resnet.conv_bn_act(*args)
         if self._packed is None and not x.is_cuda:
             self._packed = torch.ops.fused_resnet.conv_pack(self.weight, self.geometry[3])
-        if torch.is_grad_enabled():
-            return _CONV_BN_ACT(*args, self._packed)
-        # The dispatch key that would ask for gradients, in Python, is skipped.
-        with torch._C._AutoDispatchBelowAutograd():
-            return _CONV_BN_ACT(*args, self._packed)
+        return _unrecorded(_CONV_BN_ACT, *args, self._packed)
 
     def candidates(self, x: Tensor, act: str, residual: Tensor | None) -> list[str]:
         """The engines that can run this layer on ``x``, the untuned choice first."""

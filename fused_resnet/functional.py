@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import autograd, checks, engines
 from .conditions import needs_grad
+from .native import below_autograd
 from .reference import conv_shape
 
 __all__ = [
@@ -83,15 +84,15 @@ def _run(op: str, tensors: Sequence[Tensor | None], *args: Any, suited: bool = T
                 f"{op}: engine {wished!r} has no backward for it; an input requires grad"
             )
         wished = "reference"
-    engine = engines.choose(op, x.device.type, x.dtype, wished, suited)
+    device = x.device
+    engine = engines.choose(op, device.type, x.dtype, wished, suited)
     implementation = engines.implementation(op, engine)
-    if engine != "native" or any(t is not None and t.device != x.device for t in tensors):
+    alike = all(t is None or t.device == device for t in tensors)
+    if engine != "native" or not alike:
         checks.arguments(op, *args)
+    if engine in ("reference", "triton") or not alike:
         return implementation(*args)
-    if torch.compiler.is_compiling():
-        return implementation(*args)
-    # No gradient is needed: the dispatch key that would ask again, in Python, is skipped.
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return implementation(*args)
 
 
@@ -363,10 +364,25 @@ def conv_bn_act(
                 x, weight, scale, shift, None, steps, pads, gaps, groups, "none", packed
             )
             return add_act(y, residual, act)
-    channels_last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    suited = engines.suits(name, channels_last, weight.shape, groups)
+    suited = _suits_conv(x, weight, groups)
     tensors = (x, weight, scale, shift, residual)
     return _run(name, tensors, *tensors, steps, pads, gaps, groups, act, packed, suited=suited)
+
+
+def _suits_conv(x: Tensor, weight: Tensor, groups: int) -> bool:
+    layout = torch.channels_last
+    channels_last = x.is_contiguous(memory_format=layout) or weight.is_contiguous(
+        memory_format=layout
+    )
+    return engines.suits("conv_bn_act", channels_last, weight.shape, groups)
+
+
+def conv_engine(x: Tensor, weight: Tensor, groups: int) -> str:
+    """The engine that :func:`conv_bn_act` would run on, where no gradient is needed."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    suited = _suits_conv(x, weight, groups)
+    return engines.choose("conv_bn_act", kind, dtype, engines.wish(), suited)
 
 
 # At the end, for it builds on the functions above.

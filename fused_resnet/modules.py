@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import engines, functional
-from .conditions import obstacle, recording, trains, uses_batch_statistics
+from . import engines, functional, vendor
+from .conditions import (
+    needs_grad,
+    obstacle,
+    params_of,
+    recording,
+    trains,
+    uses_batch_statistics,
+)
 from .moments import count_batches
 from .plan import Plan, Pool, Step
 from .reference import conv_shape
@@ -16,24 +23,24 @@ from .sync_batch_norm import group_of
 from .training import Chain
 
 
-def scale_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """A BatchNorm's per-channel scale and shift in evaluation, from its tensors as they are now."""
-    b: Any = bn  # nn.Module's attributes are Tensor | Module to a type checker
-    return functional.bn_scale_shift(b.running_mean, b.running_var, b.weight, b.bias, b.eps)
-
-
-def pair_scale_shift(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """:func:`scale_shift` for the output of ``conv`` without its bias."""
-    scale, shift = scale_shift(bn)
-    if conv.bias is not None:
-        shift = torch.addcmul(shift, conv.bias.to(shift.dtype), scale)
+def pair_scale_shift(conv: nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
+    """A BatchNorm's scale and shift in evaluation, for the output of ``conv`` without its bias."""
+    _, bias, gamma, beta, mean, var = params_of(conv, bn)
+    scale, shift = functional.bn_scale_shift(mean, var, gamma, beta, bn.eps)  # type: ignore[arg-type]
+    if bias is not None:
+        shift = torch.addcmul(shift, bias.to(shift.dtype), scale)
     return scale, shift
 
 
 def conv_bn(
-    conv: nn.Conv2d, bn: nn.Module, x: Tensor, act: str = "none", residual: Tensor | None = None
+    conv: Any, bn: Any, x: Tensor, act: str = "none", residual: Tensor | None = None
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` in evaluation, from the modules' tensors as they are now."""
+    tensors = params_of(conv, bn)
+    by_vendor = functional.conv_engine(x, tensors.weight, conv.groups) == "vendor"
+    if by_vendor and not needs_grad((x, residual, *tensors)):
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        return vendor.conv_batch_norm_act(x, tensors, bn.eps, residual, *geometry, act)
     scale, shift = pair_scale_shift(conv, bn)
     return convolve(conv, x, scale, shift, residual, act)
 

@@ -4,6 +4,7 @@ Adds to every op its fake kernel (shared by all engines, so that output shapes a
 contract) and the refusal to be differentiated raw: a raw op has no backward, and torch only warns.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ if cpu_why_not is not None:
 cuda_why_not = _load_cuda()
 
 
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Where no gradient is needed: skips the dispatch key that would ask again, in Python."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def _fake_eltwise_act(inputs: list[Tensor], op: str, coeff: list[float] | None, act: str) -> Tensor:
     return torch.empty_like(inputs[0])
 
@@ -74,6 +82,22 @@ def _fake_bn_act_(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
 ) -> None:
     return None
+
+
+def _fake_batch_norm_act_(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    act: str,
+) -> None:
+    # One tensor without data among others is enough to be called here instead of the kernel.
+    for t in (running_mean, running_var, weight, bias, residual):
+        if t is not None and t.device != x.device:
+            raise RuntimeError("batch_norm_act_: every tensor must be on the device of x")
 
 
 def _fake_bn_act_maxpool(
@@ -123,6 +147,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bn_scale_shift": _fake_bn_scale_shift,
     "bn_act": _fake_bn_act,
     "bn_act_": _fake_bn_act_,
+    "batch_norm_act_": _fake_batch_norm_act_,
     "bn_act_maxpool": _fake_bn_act_maxpool,
     "global_avg_pool": _fake_global_avg_pool,
     "conv_pack": _fake_conv_pack,

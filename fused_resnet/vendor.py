@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .native import below_autograd
+from .plan import Params
 from .reference import accumulation_dtype, conv_shape, empty_image, memory_format
 
 
@@ -42,8 +44,32 @@ def conv_bn_act(
         scale = torch.ones(y.size(1), dtype=dtype, device=y.device)
     if shift is None:
         shift = torch.zeros(y.size(1), dtype=dtype, device=y.device)
-    torch.ops.fused_resnet.bn_act_(y, scale, shift, residual, act)
+    torch.ops.fused_resnet.bn_act_.default(y, scale, shift, residual, act)
     return y
+
+
+def conv_batch_norm_act(
+    x: Tensor,
+    tensors: Params,
+    eps: float,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+) -> Tensor:
+    """``act(batch_norm(conv2d(x)) + residual)`` of fixed statistics, where nothing is recorded."""
+    weight, bias, gamma, beta, mean, var = tensors
+    with below_autograd():
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        op = torch.ops.fused_resnet.batch_norm_act_.default
+        if residual is None or (residual.shape == y.shape and residual.dtype == y.dtype):
+            op(y, mean, var, gamma, beta, eps, residual, act)
+            return y
+        op(y, mean, var, gamma, beta, eps, None, "none")
+        y = y + residual
+        return torch.relu(y) if act == "relu" else y
 
 
 #: What cuDNN's fused kernels take; it addresses with 32 bits, and torch does not cut for them.
@@ -178,6 +204,7 @@ def conv_backward(
     z = _input(x, scale, shift, act)
     geometry = (stride, padding, dilation)
     dx, dw, _ = _backward(grad, z, weight, geometry, groups, [True, True])
+    dx = _laid_out(dx, grad, weight)
     return dx if added is None else added.add_(dx), _wide(dw)
 
 

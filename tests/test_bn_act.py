@@ -1,9 +1,10 @@
-"""bn_act: ``act(x * scale + shift + residual)``, and its in-place form."""
+"""bn_act: ``act(x * scale + shift + residual)``, and its in-place forms."""
 
 import pytest
 import torch
 from cases import (
     DTYPES,
+    EPS,
     LAYOUTS,
     TILE,
     Source,
@@ -33,6 +34,8 @@ from fused_resnet import engines, functional
 
 OP = torch.ops.fused_resnet.bn_act.default
 IN_PLACE = torch.ops.fused_resnet.bn_act_.default
+#: The in-place form that is given BatchNorm's own tensors.
+BATCH_NORM = torch.ops.fused_resnet.batch_norm_act_.default
 
 _GRAIN = TILE["kGrain"][0]
 #: Vectors of 8 and 16, in the channels and in the pixels; more than one thread's share; nothing.
@@ -122,6 +125,43 @@ def test_in_place_gives_the_same_bits(shape, layout, dtype, backend):
         assert_identical(given[1:], args[1:], "inputs")
 
 
+#: Triton's engine has not the form that takes BatchNorm's tensors.
+_COMPILED = [p for p in over_raw_backends("bn_act").args[1] if p.values[0].engine != "triton"]
+
+
+@pytest.mark.parametrize("backend", _COMPILED)
+@over_dtypes
+@over_layouts
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "accumulated"])
+def test_batch_norm_in_place_gives_the_same_bits(own, affine, layout, dtype, backend):
+    """With BatchNorm's tensors in the type of x or, of half types, in float32; affine or not."""
+    made = of_tensors(LAYOUTS[layout], inputs(0, (2, 17, 5, 6), dtype))
+    mean, var, gamma, beta = (v.to(dtype) if own else v for v in made["bn"].values())
+    norm = (mean, var, gamma, beta, EPS) if affine else (mean, var, None, None, EPS)
+    args = of_tensors(lambda t: t.to(backend.device), (made["x"], norm, made["residual"]))
+    forms = ("bn_scale_shift", "bn_act", "batch_norm_act_")
+    vectors, op, in_place = (engines.implementation(form, backend.engine) for form in forms)
+    x, norm, residual = copied(args)
+    expected = op(x, *vectors(*norm), residual, "relu")
+    assert in_place(x, *norm, residual, "relu") is None
+    assert_identical(x, expected)
+    assert_identical((norm, residual), args[1:], "inputs")
+
+
+def test_batch_norm_in_place_refuses_what_does_not_fit():
+    made = inputs(0, (2, 5, 3, 4), torch.float32)
+    norm = tuple(made["bn"].values())
+    with pytest.raises(RuntimeError, match="bn_act_: scale must have shape \\[5\\], got \\[4\\]"):
+        BATCH_NORM(made["x"], *(v[:4] for v in norm), EPS, None, "relu")
+    with pytest.raises(RuntimeError, match="bn_act_: scale must be float64, got float32"):
+        BATCH_NORM(made["x"].double(), *norm, EPS, None, "relu")
+    for i in range(4):
+        elsewhere = [v.to("meta") if i == j else v for j, v in enumerate(norm)]
+        with pytest.raises(RuntimeError, match="must be on the device of x"):
+            BATCH_NORM(made["x"], *elsewhere, EPS, None, "relu")
+
+
 def test_in_place_is_seen_by_autograd():
     """Overwriting what a backward needs must raise there, not spoil the gradient."""
     _, scale, shift, residual, _ = raw_arguments(**inputs(0, (2, 5, 3, 4), torch.float32))
@@ -146,6 +186,14 @@ def test_in_place_leaves_what_lies_between_alone():
 def test_opcheck(residual, op, layout):
     made = inputs(0, (2, 5, 3, 4), torch.float32, residual)
     torch.library.opcheck(op, raw_arguments(**of_tensors(LAYOUTS[layout], made)))
+
+
+@over_layouts
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_opcheck_of_batch_norm(residual, layout):
+    made = of_tensors(LAYOUTS[layout], inputs(0, (2, 5, 3, 4), torch.float32, residual))
+    args = (made["x"], *made["bn"].values(), EPS, made["residual"], "relu")
+    torch.library.opcheck(BATCH_NORM, args)
 
 
 shapes = st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 6), st.integers(0, 20))

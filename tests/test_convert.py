@@ -224,7 +224,7 @@ def test_sequential_chains():
     assert torch.equal(x, kept)
     with torch.no_grad(), Ops() as ops:
         model(x)
-    assert ops.names.count("conv_bn_act") + ops.names.count("bn_act_") == 4
+    assert ops.names.count("conv_bn_act") + ops.names.count("batch_norm_act_") == 4
     assert len(model[:4]) == 4
 
 

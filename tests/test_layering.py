@@ -14,6 +14,7 @@ KERNELS = ROOT / "csrc" / "kernels"
 #: Every op there is; the in-place form and the packing of weights belong to another op.
 DECLARED = re.findall(r'^    "(\w+)\(', SCHEMA, re.MULTILINE)
 AUXILIARY = {
+    "batch_norm_act_": "bn_act",
     "bn_act_": "bn_act",
     "bn_act_backward_": "bn_act_backward",
     "conv_dgrad_": "conv_dgrad",

@@ -96,11 +96,15 @@ inline void check_dim(const char* op, const char* argument, const Tensor& t, int
            " in ", text(sizes_of(t)));
 }
 
+inline void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
+  FR_CHECK(t.is_cpu() == x.is_cpu() && t.get_device() == x.get_device(), op, ": ", argument,
+           " must be on the device of x");
+}
+
 inline void check_like(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
   FR_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", argument, " must be ",
            name(x.scalar_type()), " as x is, got ", name(t.scalar_type()));
-  FR_CHECK(t.is_cpu() == x.is_cpu() && t.get_device() == x.get_device(), op, ": ", argument,
-           " must be on the device of x");
+  check_device(op, argument, t, x);
 }
 
 inline void check_sizes(const char* op, const char* argument, const Tensor& t, const Ints& sizes) {
@@ -112,8 +116,7 @@ inline void check_channels(const char* op, const char* argument, const Tensor& t
                            ScalarType type, const Tensor& x) {
   FR_CHECK(t.scalar_type() == type, op, ": ", argument, " must be ", name(type), ", got ",
            name(t.scalar_type()));
-  FR_CHECK(t.is_cpu() == x.is_cpu() && t.get_device() == x.get_device(), op, ": ", argument,
-           " must be on the device of x");
+  check_device(op, argument, t, x);
   check_sizes(op, argument, t, {channels});
 }
 

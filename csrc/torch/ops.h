@@ -152,6 +152,14 @@ std::tuple<Tensor, Tensor> bn_scale_shift(Tensor running_mean, Tensor running_va
   return {scale, shift};
 }
 
+template <class Device>
+void batch_norm_act_(Tensor x, Tensor running_mean, Tensor running_var, MaybeTensor weight,
+                     MaybeTensor bias, double eps, MaybeTensor residual, std::string act) {
+  check_device("batch_norm_act_", "running_mean", running_mean, x);
+  const auto [scale, shift] = bn_scale_shift<Device>(running_mean, running_var, weight, bias, eps);
+  bn_act_<Device>(x, scale, shift, residual, act);
+}
+
 // The arguments of a pooling.
 struct Pooling {
   Ints kernel_size, stride, padding, dilation;

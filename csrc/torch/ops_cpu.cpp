@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("eltwise_act", TORCH_BOX(&eltwise_act<Cpu>));
   library.impl("bn_act", TORCH_BOX(&bn_act<Cpu>));
   library.impl("bn_act_", TORCH_BOX(&bn_act_<Cpu>));
+  library.impl("batch_norm_act_", TORCH_BOX(&batch_norm_act_<Cpu>));
   library.impl("bn_act_maxpool", TORCH_BOX(&bn_act_maxpool<Cpu>));
   library.impl("global_avg_pool", TORCH_BOX(&global_avg_pool<Cpu>));
   library.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift<Cpu>));

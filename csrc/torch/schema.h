@@ -16,6 +16,10 @@ inline constexpr const char* kOps[] = {
 
     "bn_act_(Tensor(a!) x, Tensor scale, Tensor shift, Tensor? residual, str act) -> ()",
 
+    // bn_scale_shift and bn_act_ in one call.
+    "batch_norm_act_(Tensor(a!) x, Tensor running_mean, Tensor running_var, Tensor? weight,"
+    " Tensor? bias, float eps, Tensor? residual, str act) -> ()",
+
     "bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, int[] kernel_size, int[] stride,"
     " int[] padding, int[] dilation, bool ceil_mode, str act) -> Tensor",
 
