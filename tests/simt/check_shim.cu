@@ -106,6 +106,21 @@ void check_shuffles() {
   }
 }
 
+// any[round][thread] = whether a thread has the number of the round; the last has none.
+__global__ void any_of_block(int* any) {
+  const int thread = threadIdx.x, threads = blockDim.x;
+  for (int round = 0; round <= threads; ++round)
+    any[round * threads + thread] = __syncthreads_or(thread == round);
+}
+
+void check_any_of_block() {
+  constexpr int kCount = 40;
+  std::vector<int> any((kCount + 1) * kCount, -1);
+  fused_resnet::cuda::launch(any_of_block, 1, kCount, 0, nullptr, any.data());
+  for (int i = 0; i < (kCount + 1) * kCount; ++i)
+    check(any[i] == (i < kCount * kCount), "__syncthreads_or");
+}
+
 // Every thread of a three-dimensional launch writes its own linear index.
 __global__ void indices(unsigned* out) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -139,5 +154,6 @@ void check_shim(int argc, char** argv) {
   check(argc == 1 && bugs.count(argv[0]), "expected the name of a bug to plant, or none");
   check_block_sum(bugs.at(argv[0]));
   check_shuffles();
+  check_any_of_block();
   check_indices();
 }

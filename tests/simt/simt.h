@@ -204,6 +204,16 @@ inline void meet_block(const char* file, int line) {
   yield();
 }
 
+// Whether any thread brings true; none brings something else before all have read it.
+inline int any_of_block(int predicate, const char* file, int line) {
+  fibers[current].sent = predicate != 0;
+  meet_block(file, line);
+  int any = 0;
+  for (int i = 0; i < threads; ++i) any |= fibers[i].sent != 0;
+  meet_block(file, line);
+  return any;
+}
+
 // The last lane to come delivers what all of them sent, or performs what they came for together.
 inline void meet_warp(const char* what, unsigned mask, int source, const char* file, int line,
                       const std::function<void(Fiber*)>& perform = nullptr) {
@@ -372,6 +382,9 @@ T& declare(const void* key) {
 #define SIMT_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(SIMT_CALLER) { simt::meet_block(file, line); }
+inline int __syncthreads_or(int predicate, SIMT_CALLER) {
+  return simt::any_of_block(predicate, file, line);
+}
 inline void __syncwarp(unsigned mask = ~0u, SIMT_CALLER) {
   simt::meet_warp("__syncwarp", mask, simt::current % simt::kWarp, file, line);
 }
