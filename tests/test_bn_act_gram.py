@@ -38,6 +38,8 @@ CASES = [
     ((1, 300, 21, 30), 1),
     ((2, 20, 7, 9), 2),
     ((2, 20, 8, 5), 3),
+    ((60, 16, 3, 4), 2),  # many images in a stage of the GPU's, and
+    ((3, 9, 19, 7), 1),  # rows
     ((2, 9, 1, 1), 2),
     ((1, 1, 1, 1), 1),
     ((0, 3, 4, 5), 1),
@@ -130,6 +132,21 @@ def test_layouts(layout, stride, dtype, backend):
 @pytest.mark.parametrize("with_scale", [False, True])
 def test_activations(with_scale, act, dtype, backend):
     verify_rounded(backend, lambda seed: inputs(seed, (2, 17, 5, 6), dtype, with_scale, act))
+
+
+@over_backends("bn_act_gram")
+@over_dtypes
+@pytest.mark.parametrize("ratio", [3, 100, 3000])
+def test_a_center_far_from_zero(ratio, dtype, backend):
+    """What is centered has bits that z's type has not; matrix units take it in two parts."""
+
+    def make(seed):
+        given = inputs(seed, (2, 17, 9, 10), dtype, with_scale=False)
+        x = (given["x"] + ratio).to(dtype)
+        center = torch.full_like(given["center"], ratio) + given["center"].to(torch.bfloat16)
+        return given | {"x": x, "center": center.to(torch.bfloat16).to(center.dtype)}
+
+    verify_rounded(backend, make)
 
 
 @over_backends("bn_act_gram", emulated=False)

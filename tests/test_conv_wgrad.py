@@ -49,7 +49,13 @@ TILES = [
     Conv(1, (17, 2 * TILE["kMostOutChannels"][0] + 3), (3, 4)),
 ]
 TILES = [replace(case, emulated=False) for case in TILES]
-CASES = sorted({*TILES, *GPU_TILES, *GEOMETRIES, *GROUPED}, key=str)
+#: The GPU kernel's stages of pixels go round several times, over the ends of rows and of images.
+STAGES = [
+    Conv(47, (8, 8), (5, 4), kernel=(3, 2), stride=(2, 1), padding=(1, 0)),
+    Conv(3, (5, 9), (11, 27), stride=(1, 3), kernel=(1, 1)),
+    Conv(1, (72, 136), (11, 13), kernel=(1, 1)),  # in its large tile
+]
+CASES = sorted({*TILES, *GPU_TILES, *STAGES, *GEOMETRIES, *GROUPED}, key=str)
 over_some = pytest.mark.parametrize("case", SOME, ids=str)
 
 

@@ -44,10 +44,10 @@ BUDGET = {
     "bn_act_backward_reduce": Budget(registers=128, shared=16384, wide=24),
     "bn_act_backward": Budget(registers=128, wide=24),
     "relu_backward_reduce": Budget(registers=96, shared=8192, wide=8),
-    "bn_act_gram": Budget(registers=200, wide=None),
+    "bn_act_gram": Budget(registers=128, shared=2048, wide=None),
     "conv_bn_act": Budget(registers=168, wide=None),
     "conv_pack": Budget(registers=64),
-    "conv_wgrad": Budget(registers=192, wide=None),
+    "conv_wgrad": Budget(registers=160, wide=None),
     "bn_act_maxpool": Budget(registers=80, wide=4),
     "bn_act_maxpool_train": Budget(registers=96, wide=4),
     "bn_act_maxpool_backward": Budget(registers=64, wide=4),
@@ -61,9 +61,19 @@ MMA = {
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
 }
+STAGES_OF_PIXELS = {
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+    "cp.async.cg.shared.global",
+    "ld.shared.v4",
+    "st.shared.v4",
+}
 # What must be found in the PTX of a file: matrix instructions, and accesses of 16 bytes.
 INSTRUCTIONS = {
-    "bn_act_gram": {"ld.global.v4", "ld.shared.v4", "st.shared.v4"},
+    "bn_act_gram": {
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+        *STAGES_OF_PIXELS,
+    },
     "conv_bn_act": {
         *MMA,
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
@@ -71,12 +81,7 @@ INSTRUCTIONS = {
         "ld.global.v4",
         "st.global.wb.v4",
     },
-    "conv_wgrad": {
-        *MMA,
-        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
-        "ld.global.v4",
-        "st.shared.v4",
-    },
+    "conv_wgrad": {*MMA, *STAGES_OF_PIXELS},
 }
 
 PLANTED = """

@@ -1,6 +1,12 @@
 // The Gram matrix as a product summed over pixels, of which only the tiles that touch the upper
-// triangle are computed. Sums are of single products, in fp32 for kGramPixels pixels and in fp64
-// beyond: by matrix instructions the operands, which are differences, would have to be rounded.
+// triangle are computed. Sums are in fp32 for kGramPixels pixels, in fp64 beyond.
+//
+// Half types go through matrix instructions. A centered value has more bits than its type unless
+// the center is 0: where a tile has another, each value d is split into high = round(d) and
+// rest = round(d - high), and all four products are summed: rest * rest is up to 2^-16 of d * d,
+// and on the diagonal always positive. high + rest is within 2^-17 of d in bf16, within 2^-23, or
+// 2^-25 absolutely, in fp16, where d beyond 65504 is infinite. What is not finite has NaN for a
+// rest.
 #include "pixel_sums.cuh"
 #include "workspace.h"
 
@@ -15,117 +21,227 @@ struct GramParts {
   double *products, *sums;
 };
 
+// Half of the operands: the channels of a tile's rows, or of its columns.
 template <class B>
-struct GramOperands {
+class GramChannels {
   using T = typename B::T;
   using A = Acc<T>;
-  using Channels = StagedOperand<B, kGramTile>;
-  static constexpr int n = Channels::n;
+  using Normal = Normalise<T, kGramTile>;
 
-  // One of the two operands: some channels, normalised and centered.
-  struct Side {
-    Depth first;
-    Normalise<T> normalise;
-    const A* center;  // read where it lies: registers are short
-    Channels values;
-
-    __device__ __forceinline__ Side(const Conv& c, const A* all_centers, int channel)
-        : first(c, channel + Channels::first_value()),
-          normalise(c, first, 0),
-          center(all_centers + first.channel) {}
-    __device__ __forceinline__ void fetch(const Conv& c, const Pixel* pixels) {
-      values.fetch(c, first, [&](int pixel, const Depth& k) {
-        const Pixel& p = pixels[pixel];
-        return input_at(c, static_cast<const T*>(c.x), p.in, p.h, p.w, k);
-      });
-    }
+ public:
+  using Staged = StagedOperand<B, kGramTile>;
+  struct Shared {
+    typename Normal::Shared normal;
+    A center[kGramTile];
   };
 
-  const Conv& c;
-  Side rows, columns;
-  A sums[n] = {};  // of the columns, over the thread's pixels
-
-  __device__ __forceinline__ GramOperands(const Conv& c, const A* center, int row, int column)
-      : c(c), rows(c, center, row), columns(c, center, column) {}
-
-  __device__ __forceinline__ void fetch(const Pixel* pixels, int64_t) {
-    rows.fetch(c, pixels);
-    columns.fetch(c, pixels);
+  // A barrier has to follow. `off_center` becomes true where a center is not 0.
+  __device__ __forceinline__ GramChannels(const Conv& c, const A* center, int first, Shared& shared,
+                                          bool& off_center)
+      : first_{first + Staged::first_value()},
+        normalise_(c, first, 0, shared.normal),
+        center_(shared.center + Staged::first_value()) {
+    if (threadIdx.x >= kGramTile) return;
+    const int channel = first + threadIdx.x;
+    const A value = channel < c.channels ? center[channel] : A(0);
+    shared.center[threadIdx.x] = value;
+    off_center |= value != 0;
   }
-  __device__ __forceinline__ void put(unsigned char* to_rows, unsigned char* to_columns) {
-    rows.values.put(to_rows, [&](T x, int k) { return rows.normalise(x, k) - rows.center[k]; });
-    columns.values.put(to_columns, [&](T x, int k) {
-      const A z = columns.normalise(x, k) - columns.center[k];
-      sums[k] += z;
-      return z;
+
+  __device__ __forceinline__ void fetch(const Conv& c, unsigned char* operand, int slot,
+                                        const Source* sources) {
+    staged_.fetch(c, first_, operand, slot, [&](int pixel, const Channel& k) -> const T* {
+      const Source s = sources[pixel];
+      const bool inside = s.h != kNowhere && k.at < c.channels;
+      return inside ? static_cast<const T*>(c.x) + (s.in + k.at) : nullptr;
     });
   }
+
+  // Centers an operand, adds to the thread's sums, and leaves in `rest`, unless it is null, what
+  // the type has no bits for.
+  __device__ __forceinline__ void arrive(unsigned char* operand, int slot, bool off_center,
+                                         unsigned char* rest, Wide<A, Staged::n>& sums) const {
+    const auto normal = normalise_.from(Staged::first_value());
+    Wide<A, Staged::n> center = {};
+    if (off_center) center = load_channels<Staged::n>(center_);
+    staged_.each(operand, slot, [&](auto& v, const auto& inside, int place) {
+      Vector<T, Staged::n> low;
+#pragma unroll
+      for (int k = 0; k < Staged::n; ++k) {
+        const A z = inside(k) ? normal(v.at[k], k) - center.at[k] : A(0);
+        sums.at[k] += z;
+        v.at[k] = narrow<T>(z);
+        low.at[k] = narrow<T>(z - widen(v.at[k]));
+      }
+      if (rest) store<Staged::n>(reinterpret_cast<T*>(rest + place), low);
+    });
+  }
+
+ private:
+  Channel first_;
+  Normal normalise_;
+  const A* center_;
+  Staged staged_;
 };
 
 template <class B>
-__global__ void __launch_bounds__(B::kThreads)
+class GramOperands {
+  using T = typename B::T;
+  using A = Acc<T>;
+  using Channels = GramChannels<B>;
+  using Sums = typename B::Sums;
+  static constexpr bool kSplits = sizeof(T) == 2;  // others have all bits
+  static constexpr int n = Channels::Staged::n;
+
+ public:
+  using Staged = typename Channels::Staged;
+  struct Shared {
+    typename Channels::Shared rows, columns;
+    double totals[n][B::kThreads];  // of a thread's columns, over its pixels
+    // What the operands of a stage, and of the one before, have no bits for.
+    alignas(kVectorBytes) unsigned char rest[2][kSplits ? B::kStageBytes : kVectorBytes];
+  };
+
+  __device__ __forceinline__ GramOperands(const Conv& c, const A* center, int first_row,
+                                          int first_column, Shared& shared)
+      : c_(c),
+        shared_(shared),
+        diagonal_(first_row == first_column),
+        rows_(c, center, first_row, shared.rows, off_center_),
+        columns_(c, center, first_column, shared.columns, off_center_) {
+    off_center_ = __syncthreads_or(off_center_);
+#pragma unroll
+    for (int k = 0; k < n; ++k) shared.totals[k][threadIdx.x] = 0;
+  }
+
+  // On the diagonal, columns are rows as well.
+  __device__ __forceinline__ void fetch(unsigned char* stage, int slot, const Source* sources,
+                                        int64_t) {
+    if (!diagonal_) rows_.fetch(c_, stage, slot, sources);
+    columns_.fetch(c_, stage + B::kRowsBytes, slot, sources);
+  }
+  __device__ __forceinline__ void arrive(unsigned char* stage, int slot) {
+    unsigned char* const rest = splits() ? shared_.rest[slot % 2] : nullptr;
+    Wide<A, n> unused = {};
+    if (!diagonal_) rows_.arrive(stage, slot, off_center_, rest, unused);
+    columns_.arrive(stage + B::kRowsBytes, slot, off_center_, rest ? rest + B::kRowsBytes : nullptr,
+                    sums_);
+  }
+  __device__ __forceinline__ void multiply(const unsigned char* stage, int slot) {
+    const unsigned char* const rest = shared_.rest[slot % 2];
+    const int rows = diagonal_ ? B::kRowsBytes : 0;
+#pragma unroll 1
+    for (int part = 0; part < (splits() ? 4 : 1); ++part)
+      chain_.template multiply_by_depth<B::kDepth>((part & 1 ? rest : stage) + rows,
+                                                   (part & 2 ? rest : stage) + B::kRowsBytes);
+    if (++stages_ == kGramPixels / B::kDepth) end_chain();
+  }
+
+  __device__ __forceinline__ void end_chain() {
+    stages_ = 0;
+    int i = 0;
+    chain_.each([&](int, int, const auto& v) {
+#pragma unroll
+      for (int k = 0; k < Sums::kWidth; ++k) products_[i++] += v.at[k];
+    });
+    chain_ = {};
+#pragma unroll
+    for (int k = 0; k < n; ++k) shared_.totals[k][threadIdx.x] += sums_.at[k];
+    sums_ = {};
+  }
+  // f(row, column, product) of those that the thread has.
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) const {
+    int i = 0;
+    chain_.each([&](int row, int column, const auto&) {
+#pragma unroll
+      for (int k = 0; k < Sums::kWidth; ++k) f(row, column + k, products_[i++]);
+    });
+  }
+  // The sum over all pixels of a column, where all threads have passed a barrier.
+  __device__ __forceinline__ double total(int column) const {
+    double sum = 0;
+    for (int i = 0; i < Staged::kApart; ++i)
+      sum += shared_.totals[column % n][i * Staged::kUnits + column / n];
+    return sum;
+  }
+
+ private:
+  __device__ __forceinline__ bool splits() const { return kSplits && off_center_; }
+
+  const Conv& c_;
+  Shared& shared_;
+  bool diagonal_, off_center_ = false;
+  Channels rows_, columns_;
+  int stages_ = 0;  // of the chains
+  Sums chain_;
+  Wide<A, n> sums_ = {};
+  double products_[kGramTile * kGramTile / B::kThreads] = {};
+};
+
+template <class B>
+__global__ void __launch_bounds__(B::kThreads, B::kAtOnce)
     bn_act_gram_kernel(const __grid_constant__ Conv c, const Acc<typename B::T>* center,
                        int64_t split_pixels, GramParts parts) {
   using Operands = GramOperands<B>;
-  using Channels = typename Operands::Channels;
   FR_DYNAMIC_SHARED(memory);
   const unsigned tiles = (c.channels + kGramTile - 1) / kGramTile;
   const int first_row = blockIdx.x / tiles * kGramTile;
   const int first_column = blockIdx.x % tiles * kGramTile;
   if (first_column < first_row) return;
-  const int64_t begin = blockIdx.y * split_pixels;
-  const int64_t end = c.pixels() - begin < split_pixels ? c.pixels() : begin + split_pixels;
+  const int64_t first = blockIdx.y * split_pixels, left = c.pixels() - first;
+  Operands operands(c, center, first_row, first_column,
+                    *reinterpret_cast<typename Operands::Shared*>(memory + B::kBytes));
+  sum_over_pixels<B>(c, first, left < split_pixels ? c.pixels() : first + split_pixels, memory,
+                     operands);
+  operands.end_chain();
   double* const products = parts.products + int64_t{blockIdx.y} * c.channels * c.channels;
-  Operands operands(c, center, first_row, first_column);
-  double sums[Operands::n] = {};
-  for (int64_t first = begin; first == begin || first < end; first += kGramPixels) {
-    typename B::Sums chain;
-    sum_over_pixels<B>(c, first, end - first < kGramPixels ? end : first + kGramPixels, memory,
-                       operands, chain);
-    chain.each([&](int row, int column, const auto& v) {
-      row += first_row;
-      column += first_column;
-#pragma unroll
-      for (int k = 0; k < B::Sums::kWidth; ++k) {
-        if (row >= c.channels || column + k >= c.channels) continue;
-        double& to = products[int64_t{row} * c.channels + column + k];
-        to = first == begin ? v.at[k] : to + v.at[k];
-      }
-    });
-#pragma unroll
-    for (int k = 0; k < Operands::n; ++k) {
-      sums[k] += operands.sums[k];
-      operands.sums[k] = 0;
-    }
-  }
+  operands.each([&](int row, int column, double product) {
+    row += first_row;
+    column += first_column;
+    if (row < c.channels && column < c.channels)
+      products[int64_t{row} * c.channels + column] = product;
+  });
   if (first_row != first_column) return;
-  // The sums of threads that have the same channels, in order.
-  double* const shared = reinterpret_cast<double*>(memory);
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < Operands::n; ++k)
-    shared[Channels::first_pixel() * kGramTile + Channels::first_value() + k] = sums[k];
-  __syncthreads();
-  const int channel = first_column + threadIdx.x;
-  if (threadIdx.x >= kGramTile || channel >= c.channels) return;
-  double sum = 0;
-  for (int i = 0; i < Channels::kApart; ++i) sum += shared[i * kGramTile + threadIdx.x];
-  parts.sums[int64_t{blockIdx.y} * c.channels + channel] = sum;
+  __syncthreads();  // the totals of all
+  const int column = threadIdx.x, channel = first_column + column;
+  if (column < kGramTile && channel < c.channels)
+    parts.sums[int64_t{blockIdx.y} * c.channels + channel] = operands.total(column);
 }
 
-// Adds the splits up, in order, and mirrors the triangle.
-__global__ void __launch_bounds__(Streaming::kThreads)
+// Adds the splits up and mirrors the triangle. Threads share out the splits of a value; their sums
+// are added in order.
+struct Finish {
+  static constexpr int kValues = 32, kShares = 8, kThreads = kValues * kShares;
+  double sums[kShares][kValues];
+};
+
+__global__ void __launch_bounds__(Finish::kThreads)
     bn_act_gram_finish_kernel(GramParts parts, int splits, int64_t channels, double* gram,
                               double* total) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x, size = channels * channels;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size + channels; i += step) {
-    const int64_t row = i / channels, column = i % channels;
-    const bool below = column / kGramTile < row / kGramTile;
-    const int64_t at = below ? column * channels + row : i;
+  FR_SHARED(Finish, shared);
+  const int value = threadIdx.x % Finish::kValues, share = threadIdx.x / Finish::kValues;
+  const int64_t size = channels * channels;
+  for (int64_t first = int64_t{blockIdx.x} * Finish::kValues; first < size + channels;
+       first += int64_t{gridDim.x} * Finish::kValues) {
+    const int64_t i = first + value, row = i / channels, column = i % channels;
+    const bool is_total = row == channels;
     double sum = 0;
-    for (int split = 0; split < splits; ++split)
-      sum += i < size ? parts.products[split * size + at] : parts.sums[split * channels + column];
-    (i < size ? gram[i] : total[column]) = sum;
+    if (is_total || row <= column)
+      for (int split = share; split < splits; split += Finish::kShares)
+        sum += is_total ? parts.sums[split * channels + column] : parts.products[split * size + i];
+    shared.sums[share][value] = sum;
+    __syncthreads();
+    if (share == 0 && row <= channels) {
+      for (int other = 1; other < Finish::kShares; ++other) sum += shared.sums[other][value];
+      if (is_total) {
+        total[column] = sum;
+      } else if (row <= column) {
+        gram[i] = sum;
+        gram[column * channels + row] = sum;
+      }
+    }
+    __syncthreads();
   }
 }
 
@@ -162,22 +278,26 @@ struct Job {
   int64_t elements() const { return plan.splits * int64_t{conv.channels} * (conv.channels + 1); }
 };
 
+// Matrix instructions would round what is not of a half type.
+template <class T>
+using GramSums = std::conditional_t<sizeof(T) == 2, TensorSums<T, kGramTile, kGramTile, 2, 4>,
+                                    ScalarSums<T, kGramTile, kGramTile, true>>;
+
 template <class T, bool wide>
 Status launch_gram(const Job& job, const BnActGramArgs& args, const Place& place) {
-  using B =
-      PixelBlock<T, ScalarSums<Acc<T>, kGramTile, kGramTile, true>, kGramTile, kGramTile, wide>;
-  static_assert(B::kBytes >= StagedOperand<B, kGramTile>::kApart * kGramTile * sizeof(double));
+  using B = PixelBlock<T, GramSums<T>, kGramTile, kGramTile, wide>;
   const int64_t channels = args.channels, tiles = ceil_div(channels, kGramTile);
   double* const products = static_cast<double*>(place.workspace);
   const GramParts parts{products, products + job.plan.splits * channels * channels};
+  constexpr size_t kShared = B::kBytes + sizeof(typename GramOperands<B>::Shared);
   Status status =
       launch(bn_act_gram_kernel<B>, dim3(static_cast<unsigned>(tiles * tiles), job.plan.splits),
-             B::kThreads, B::kBytes, place.stream, job.conv,
-             static_cast<const Acc<T>*>(args.center), job.plan.split_pixels, parts);
+             B::kThreads, kShared, place.stream, job.conv, static_cast<const Acc<T>*>(args.center),
+             job.plan.split_pixels, parts);
   if (status != Status::ok) return status;
-  const int64_t blocks = ceil_div(channels * (channels + 1), Streaming::kThreads);
+  const int64_t blocks = ceil_div(channels * (channels + 1), Finish::kValues);
   return launch(bn_act_gram_finish_kernel,
-                static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 12)), Streaming::kThreads, 0,
+                static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 13)), Finish::kThreads, 0,
                 place.stream, parts, job.plan.splits, channels, static_cast<double*>(args.gram),
                 static_cast<double*>(args.sum));
 }

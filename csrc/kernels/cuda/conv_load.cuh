@@ -29,6 +29,44 @@ __device__ __forceinline__ Pixel pixel_at(const Conv& c, int64_t first, int i) {
           image * c.out_stride[0] + oh * c.out_stride[1] + ow * c.out_stride[2], h, w};
 }
 
+// The part of a Pixel that reading takes.
+struct alignas(16) Source {
+  int64_t in;
+  int h, w;
+};
+
+__device__ __forceinline__ Source source_of(const Pixel& p) { return {p.in, p.h, p.w}; }
+
+// Goes on by a number of pixels at a time: what a division would tell of the next is known.
+class SourceSteps {
+ public:
+  __device__ __forceinline__ SourceSteps(const Conv& c, unsigned pixels) {
+    const unsigned image_pixels = c.out_height * c.out_width, rest = pixels % image_pixels;
+    images_ = pixels / image_pixels;
+    down_ = rest / c.out_width * c.stride[0];
+    across_ = rest % c.out_width * c.stride[1];
+  }
+
+  __device__ __forceinline__ Source after(const Conv& c, const Source& s) const {
+    const int height = c.out_height * c.stride[0], width = c.out_width * c.stride[1];
+    int64_t images = images_;
+    int down = down_, across = across_;
+    if (s.w + across + c.padding[1] >= width) {
+      across -= width;
+      down += c.stride[0];
+    }
+    if (s.h + down + c.padding[0] >= height) {
+      down -= height;
+      ++images;
+    }
+    return {s.in + ((images * c.height + down) * c.width + across) * c.channels, s.h + down,
+            s.w + across};
+  }
+
+ private:
+  int images_, down_, across_;
+};
+
 // A position along the depth.
 struct Depth {
   int row, column, channel;

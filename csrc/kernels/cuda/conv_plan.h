@@ -100,42 +100,63 @@ struct WgradPlan {
   int64_t split_pixels;  // so many each
 };
 
-constexpr int64_t kWgradSplitPixels = 256;        // at least, of a split
+constexpr int64_t kWgradSplitPixels = 256;  // at least, of a split
+constexpr int64_t kWgradSplitStages = 10;   // what it costs beside its own
+constexpr int kWgradMostTimes = 8;
 constexpr int64_t kWgradPartialBytes = 64 << 20;  // at most, of all splits
+
+// Blocks of so many threads that a multiprocessor has at once: 16 warps, or what of 32 bits and
+// more fits into shared memory.
+constexpr int pixel_blocks(int element_bytes, int threads) {
+  return element_bytes == 2 ? 512 / threads : 2;
+}
 
 constexpr bool wgrad_has_tile(const WgradSizes& s, int tile) {
   return tile == 0 || (s.wide && conv_element_bytes(s.dtype) == 2);
 }
 
-// As many splits as are wanted, of whole stages; none is empty.
-inline WgradPlan split_pixels(int tile, int64_t pixels, int64_t wanted) {
+// Splits of whole stages, none of them empty, at most so many. Blocks that run at once come
+// one or several times, whichever leaves the least idle in the end; a block has a cost of its own,
+// and its sums are added up.
+inline WgradPlan split_pixels(int tile, int64_t tiles, int64_t pixels, int64_t most,
+                              int64_t at_once) {
   const int64_t stages = std::max<int64_t>(1, ceil_div(pixels, kStagePixels));
-  const int64_t split_stages = ceil_div(stages, std::max<int64_t>(1, wanted));
-  return {tile, static_cast<int>(ceil_div(stages, split_stages)), split_stages * kStagePixels};
+  auto split_stages = [&](int64_t times) {
+    const int64_t splits = std::min(most, times * at_once / std::max<int64_t>(1, tiles));
+    return ceil_div(stages, std::max<int64_t>(1, splits));
+  };
+  auto cost = [&](int64_t each) {
+    return ceil_div(tiles * ceil_div(stages, each), at_once) * (each + kWgradSplitStages);
+  };
+  int64_t best = split_stages(1);
+  for (int times = 2; times <= kWgradMostTimes; ++times)
+    if (const int64_t each = split_stages(times); cost(each) < cost(best)) best = each;
+  return {tile, static_cast<int>(ceil_div(stages, best)), best * kStagePixels};
 }
 
-// The larger tile where it is more than half full both ways, then as many splits as fill the
-// multiprocessors twice.
+// The larger tile where it is more than half full both ways.
 inline WgradPlan plan_wgrad(const WgradSizes& s, const Gpu& gpu) {
   const ConvTile& large = kWgradTiles[1];
   const bool fits = 2 * s.rows > large.rows && 2 * s.columns > large.columns;
   const int index = wgrad_has_tile(s, 1) && fits ? 1 : 0;
   const ConvTile& tile = kWgradTiles[index];
-  const int64_t blocks = ceil_div(s.rows, tile.rows) * ceil_div(s.columns, tile.columns) * s.groups;
+  const int64_t tiles = ceil_div(s.rows, tile.rows) * ceil_div(s.columns, tile.columns) * s.groups;
   const int64_t sum_bytes = s.dtype == DType::f64 ? 8 : 4;
   const int64_t room = kWgradPartialBytes / (s.rows * s.columns * s.groups * sum_bytes);
-  const int64_t wanted = ceil_div(2 * gpu.multiprocessors, blocks);
-  return split_pixels(index, s.pixels, std::min({wanted, s.pixels / kWgradSplitPixels, room}));
+  const int threads = index == 0 && s.math == Math::tensor ? 128 : 256;
+  return split_pixels(index, tiles, s.pixels, std::min(s.pixels / kWgradSplitPixels, room),
+                      pixel_blocks(conv_element_bytes(s.dtype), threads) * gpu.multiprocessors);
 }
 
-constexpr int kGramPixels = 1024;  // of which products are added in fp32
+// Of which products are added in fp32: matrix instructions cut off what a sum has no bits for.
+constexpr int kGramPixels = 256;
 
-// A Gram matrix, in tiles of 64 x 64.
+// A Gram matrix, in tiles of 64 x 64 of which those above the diagonal count.
 inline WgradPlan plan_gram(int64_t channels, int64_t pixels, const Gpu& gpu) {
-  const int64_t across = ceil_div(channels, 64), blocks = across * (across + 1) / 2;
+  const int64_t across = ceil_div(channels, 64), tiles = across * (across + 1) / 2;
   const int64_t room = kWgradPartialBytes / (std::max<int64_t>(1, channels * channels) * 8);
-  const int64_t wanted = ceil_div(2 * gpu.multiprocessors, std::max<int64_t>(1, blocks));
-  return split_pixels(0, pixels, std::min({wanted, pixels / kWgradSplitPixels, room}));
+  return split_pixels(0, tiles, pixels, std::min(pixels / kWgradSplitPixels, room),
+                      2 * gpu.multiprocessors);
 }
 
 }  // namespace fused_resnet::cuda

@@ -8,54 +8,60 @@ namespace fused_resnet::cuda {
 
 namespace {
 
-// A channel of grad, of a group.
-struct GradChannel {
-  int at;
-  __device__ __forceinline__ void advance(const Conv&, int by) { at += by; }
-};
-
 // Rows are channels of grad, columns the depth of the convolution.
 template <class B>
 struct WgradOperands {
   using T = typename B::T;
   using Rows = StagedOperand<B, B::kRows>;
   using Columns = StagedOperand<B, B::kColumns>;
+  using Normal = Normalise<T, B::kColumns>;
   const Conv& c;
   const T *grad, *x;  // of the group
-  GradChannel row;
+  Channel row;
   Depth column;
-  Normalise<T> normalise;
+  Normal normalise;
   Rows rows;
   Columns columns;
+  typename B::Sums sums;
 
   __device__ __forceinline__ WgradOperands(const Conv& c, const T* all_grad, int group,
-                                           int first_row, int first_column)
+                                           int first_row, int first_column,
+                                           typename Normal::Shared& shared)
       : c(c),
         grad(all_grad + group * c.group_out_channels()),
         x(static_cast<const T*>(c.x) + group * c.group_channels()),
         row{first_row + Rows::first_value()},
         column(c, first_column + Columns::first_value()),
-        normalise(c, column, group) {}
+        normalise(c, first_column, group, shared) {}
 
-  __device__ __forceinline__ void fetch(const Pixel* pixels, int64_t first) {
-    rows.fetch(c, row, [&](int pixel, const GradChannel& k) -> const T* {
+  __device__ __forceinline__ void fetch(unsigned char* stage, int slot, const Source* sources,
+                                        int64_t first) {
+    auto grad_at = [&](int pixel, const Channel& k) -> const T* {
       const bool inside = k.at < c.group_out_channels() && first + pixel < c.pixels();
       return inside ? grad + (first + pixel) * c.out_channels + k.at : nullptr;
-    });
-    columns.fetch(c, column, [&](int pixel, const Depth& k) {
-      const Pixel& p = pixels[pixel];
-      return input_at(c, x, p.in, p.h, p.w, k);
+    };
+    rows.fetch(c, row, stage, slot, grad_at);
+    columns.fetch(c, column, stage + B::kRowsBytes, slot, [&](int pixel, const Depth& k) {
+      const Source s = sources[pixel];
+      return input_at(c, x, s.in, s.h, s.w, k);
     });
   }
-
-  __device__ __forceinline__ void put(unsigned char* to_rows, unsigned char* to_columns) const {
-    rows.put(to_rows, [](T g, int) { return g; });
-    columns.put(to_columns, [&](T v, int k) { return narrow<T>(normalise(v, k)); });
+  __device__ __forceinline__ void arrive(unsigned char* stage, int slot) const {
+    if (!normalise.changes()) return;
+    const auto normal = normalise.from(Columns::first_value());
+    columns.each(stage + B::kRowsBytes, slot, [&](auto& v, const auto& inside, int) {
+#pragma unroll
+      for (int k = 0; k < Columns::n; ++k)
+        v.at[k] = inside(k) ? narrow<T>(normal(v.at[k], k)) : T{};
+    });
+  }
+  __device__ __forceinline__ void multiply(const unsigned char* stage, int) {
+    sums.template multiply_by_depth<B::kDepth>(stage, stage + B::kRowsBytes);
   }
 };
 
 template <class B>
-__global__ void __launch_bounds__(B::kThreads)
+__global__ void __launch_bounds__(B::kThreads, B::kAtOnce)
     conv_wgrad_kernel(const __grid_constant__ Conv c, const typename B::T* grad,
                       int64_t split_pixels, typename B::Sums::Sum* sums_of_splits) {
   FR_DYNAMIC_SHARED(memory);
@@ -65,12 +71,13 @@ __global__ void __launch_bounds__(B::kThreads)
   const int first_column = blockIdx.x % column_tiles * B::kColumns;
   const int group = tile / row_tiles, first_row = tile % row_tiles * B::kRows;
   const int64_t first = blockIdx.y * split_pixels, left = c.pixels() - first;
-  WgradOperands<B> operands(c, grad, group, first_row, first_column);
-  typename B::Sums sums;
+  using Operands = WgradOperands<B>;
+  Operands operands(c, grad, group, first_row, first_column,
+                    *reinterpret_cast<typename Operands::Normal::Shared*>(memory + B::kBytes));
   sum_over_pixels<B>(c, first, left < split_pixels ? c.pixels() : first + split_pixels, memory,
-                     operands, sums);
+                     operands);
   auto* const to = sums_of_splits + (int64_t{blockIdx.y} * c.out_channels + group * rows) * columns;
-  sums.each([&](int row, int column, const auto& v) {
+  operands.sums.each([&](int row, int column, const auto& v) {
     row += first_row;
     column += first_column;
 #pragma unroll
@@ -123,9 +130,10 @@ Status launch_wgrad(const Job& job, const ConvWgradArgs& args, const Place& plac
   const int64_t tiles =
       ceil_div(c.group_out_channels(), B::kRows) * ceil_div(c.depth(), B::kColumns) * c.groups;
   if (tiles > INT32_MAX) return Status::unsupported;
-  const Status status = launch(conv_wgrad_kernel<B>, dim3(static_cast<unsigned>(tiles), splits),
-                               B::kThreads, B::kBytes, place.stream, c,
-                               static_cast<const T*>(args.grad), job.plan.split_pixels, sums);
+  constexpr size_t kShared = B::kBytes + sizeof(typename WgradOperands<B>::Normal::Shared);
+  const Status status =
+      launch(conv_wgrad_kernel<B>, dim3(static_cast<unsigned>(tiles), splits), B::kThreads, kShared,
+             place.stream, c, static_cast<const T*>(args.grad), job.plan.split_pixels, sums);
   if (status != Status::ok || splits == 1) return status;
   const int64_t blocks = std::min<int64_t>(ceil_div(job.size(), Streaming::kThreads), 1 << 12);
   return launch(conv_wgrad_finish_kernel<A>, static_cast<unsigned>(blocks), Streaming::kThreads, 0,
@@ -142,8 +150,10 @@ using Exact = PixelBlock<T, ScalarSums<T, 64, 64, true>, 64, 64, wide>;
 template <class T>
 Status launch_tensor(const Job& job, const ConvWgradArgs& args, const Place& place) {
   if (!job.wide) return launch_wgrad<Small<T, false>>(job, args, place);
-  if (job.plan.tile == 0) return launch_wgrad<Small<T, true>>(job, args, place);
-  return launch_wgrad<Large<T>>(job, args, place);
+  if constexpr (sizeof(T) == 2) {
+    if (job.plan.tile == 1) return launch_wgrad<Large<T>>(job, args, place);
+  }
+  return launch_wgrad<Small<T, true>>(job, args, place);
 }
 
 }  // namespace

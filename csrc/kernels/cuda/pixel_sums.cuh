@@ -1,6 +1,6 @@
 // Matrix products that are summed over pixels: of both operands, a stage has some pixels with the
-// values of the tile's rows or columns. They pass through registers on the way to shared memory,
-// where they are normalised, while the stage before is multiplied.
+// values of the tile's rows or columns. Stages are copied to shared memory several ahead; each
+// thread normalises in place what it has copied.
 #pragma once
 
 #include "../math.h"
@@ -8,32 +8,37 @@
 
 namespace fused_resnet::cuda {
 
-// T is what lies in memory, Sums::T what is multiplied.
 template <class T_, class Sums_, int rows, int columns, bool wide>
 struct PixelBlock {
   using T = T_;
   using Sums = Sums_;
-  using Operand = typename Sums::T;
   static constexpr bool kWide = wide;
   static constexpr int kRows = rows, kColumns = columns, kThreads = Sums::kThreads;
+  static constexpr int kAtOnce = pixel_blocks(sizeof(T), kThreads);  // on a multiprocessor
   static constexpr int kDepth = kStagePixels;
-  static constexpr int kRowsBytes = kDepth * rows * static_cast<int>(sizeof(Operand));
-  static constexpr int kStageBytes = kDepth * (rows + columns) * static_cast<int>(sizeof(Operand));
-  static constexpr int kBytes = 2 * (kStageBytes + kDepth * static_cast<int>(sizeof(Pixel)));
+  static constexpr int kRowsBytes = kDepth * rows * static_cast<int>(sizeof(T));
+  static constexpr int kStageBytes = kDepth * (rows + columns) * static_cast<int>(sizeof(T));
+  static constexpr int kStages = wide ? 4 : 2;  // what is not wide is not copied ahead
+  static constexpr int kBytes = kStages * (kStageBytes + kDepth * static_cast<int>(sizeof(Source)));
+  static_assert(kThreads >= kStages * kDepth);
+};
+
+// A position that is a channel.
+struct Channel {
+  int at;
+  __device__ __forceinline__ void advance(const Conv&, int by) { at += by; }
 };
 
 // `width` values of the pixels of a stage, n adjacent ones of several pixels by each thread.
 template <class B, int width>
 class StagedOperand {
   using T = typename B::T;
-  using Operand = typename B::Operand;
 
  public:
   static constexpr int n = kVectorBytes / sizeof(T);
   static constexpr int kUnits = width / n, kCount = B::kDepth * kUnits / B::kThreads;
   static constexpr int kApart = B::kThreads / kUnits;  // pixels
   static_assert(B::kThreads % kUnits == 0 && kCount * B::kThreads == B::kDepth * kUnits);
-  static_assert(kCount * n <= 32);
 
   static __device__ __forceinline__ int first_value() { return threadIdx.x % kUnits * n; }
   static __device__ __forceinline__ int first_pixel() { return threadIdx.x / kUnits; }
@@ -41,112 +46,145 @@ class StagedOperand {
   // From `at`, the thread's first value, on. Where element(pixel, position) is null there are
   // zeros; of wide loads, the first position stands for all n.
   template <class Position, class Element>
-  __device__ __forceinline__ void fetch(const Conv& c, Position at, const Element& element) {
-    inside_ = 0;
-#pragma unroll
-    for (int k = 0; k < (B::kWide ? 1 : n); ++k) {
+  __device__ __forceinline__ void fetch(const Conv& c, Position at, unsigned char* to, int slot,
+                                        const Element& element) {
+    uint32_t inside = 0;
+    if constexpr (B::kWide) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const T* const from = element(first_pixel() + i * kApart, at);
-        if (!from) continue;
-        if constexpr (B::kWide) {
-          values_[i] = load<n>(from);
-          inside_ |= ((1u << n) - 1) << i * n;
-        } else {
-          values_[i].at[k] = *from;
-          inside_ |= 1u << (i * n + k);
-        }
+        cp_async16(to + place(i), from ? from : c.x, from ? kVectorBytes : 0);
+        inside |= uint32_t{from != nullptr} << i;
       }
-      if (!B::kWide) at.advance(c, 1);
+    } else {
+      Vector<T, n> values[kCount] = {};
+#pragma unroll
+      for (int k = 0; k < n; ++k) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const T* const from = element(first_pixel() + i * kApart, at);
+          if (!from) continue;
+          values[i].at[k] = *from;
+          inside |= 1u << (i * n + k);
+        }
+        at.advance(c, 1);
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) store<n>(reinterpret_cast<T*>(to + place(i)), values[i]);
     }
+    const int shift = slot * kFlags;
+    inside_ = (inside_ & ~(kAll << shift)) | inside << shift;
   }
 
-  // change(value, k) makes an operand of the k-th value.
+  // change(values, inside, place) of each n that the thread has fetched, in place; inside(k) tells
+  // whether the k-th was not null, and `place` is where they lie in the operand.
   template <class Change>
-  __device__ __forceinline__ void put(unsigned char* to, const Change& change) const {
-    constexpr int kPart = kVectorBytes / sizeof(Operand);
+  __device__ __forceinline__ void each(unsigned char* operand, int slot,
+                                       const Change& change) const {
+    const uint32_t flags = inside_ >> slot * kFlags;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-      for (int part = 0; part < n; part += kPart) {
-        Vector<Operand, kPart> changed = {};
-#pragma unroll
-        for (int k = 0; k < kPart; ++k) {
-          if (inside_ >> (i * n + part + k) & 1)
-            changed.at[k] = change(values_[i].at[part + k], part + k);
-        }
-        store<kPart>(reinterpret_cast<Operand*>(
-                         to + place(first_pixel() + i * kApart, first_value() + part)),
-                     changed);
-      }
+      T* const at = reinterpret_cast<T*>(operand + place(i));
+      Vector<T, n> values = load<n>(at);
+      change(values, [&](int k) { return flags >> (B::kWide ? i : i * n + k) & 1; }, place(i));
+      store<n>(at, values);
     }
   }
 
  private:
-  static __device__ __forceinline__ int place(int pixel, int value) {
-    if constexpr (sizeof(Operand) == 2)
-      return chunk_at<width * 2>(pixel, value / 8);
+  static constexpr int kFlags = B::kWide ? kCount : kCount * n;  // of a stage
+  static_assert(kFlags * B::kStages <= 32);
+  static constexpr uint32_t kAll = (uint32_t{1} << kFlags) - 1;
+
+  static __device__ __forceinline__ int place(int i) {
+    const int pixel = first_pixel() + i * kApart;
+    if constexpr (sizeof(T) == 2)
+      return chunk_at<width * 2>(pixel, first_value() / n);
     else
-      return value_at<Operand, width>(pixel, value);
+      return value_at<T, width>(pixel, first_value());
   }
 
-  Vector<T, n> values_[kCount];
-  unsigned inside_;
+  uint32_t inside_ = 0;  // of all stages
 };
 
-// The normalisation of a thread's n values: z = act(x * scale + shift) rounded, or act(x).
-template <class T>
-struct Normalise {
+// The normalisation of `width` values: z = act(x * scale + shift) rounded, or act(x). Scale and
+// shift lie in shared memory, and registers are left for sums.
+template <class T, int width>
+class Normalise {
+  using A = Acc<T>;
   static constexpr int n = kVectorBytes / sizeof(T);
-  Acc<T> scale[n], shift[n];
-  bool scaled;
-  Act act;
 
-  // Of the channels from `at` on.
-  __device__ __forceinline__ Normalise(const Conv& c, Depth at, int group) {
-    scaled = c.scale != nullptr;
-    act = c.act;
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      const int channel = group * c.group_channels() + at.channel;
-      const bool there = scaled && !at.ended(c);
-      scale[k] = there ? static_cast<const Acc<T>*>(c.scale)[channel] : Acc<T>(1);
-      shift[k] = there ? static_cast<const Acc<T>*>(c.shift)[channel] : Acc<T>(0);
-      at.advance(c, 1);
+ public:
+  struct alignas(kVectorBytes) Shared {
+    A scale[width], shift[width];
+  };
+  struct Values {
+    Wide<A, n> scale, shift;
+    const Conv& c;
+
+    __device__ __forceinline__ A operator()(T x, int k) const {
+      A z = widen(x);
+      if (c.scale) z = widen(narrow<T>(multiply_add(z, scale.at[k], shift.at[k])));
+      return math::activate(z, c.act);
     }
+  };
+
+  // Of the positions of the depth from `first` on. A barrier has to follow.
+  __device__ __forceinline__ Normalise(const Conv& c, int64_t first, int group, Shared& shared)
+      : c_(c), shared_(shared) {
+    if (!c.scale || threadIdx.x >= width) return;
+    const Depth at(c, first + threadIdx.x);
+    const int channel = group * c.group_channels() + at.channel;
+    shared.scale[threadIdx.x] = at.ended(c) ? A(1) : static_cast<const A*>(c.scale)[channel];
+    shared.shift[threadIdx.x] = at.ended(c) ? A(0) : static_cast<const A*>(c.shift)[channel];
   }
 
-  __device__ __forceinline__ Acc<T> operator()(T x, int k) const {
-    Acc<T> z = widen(x);
-    if (scaled) z = widen(narrow<T>(multiply_add(z, scale[k], shift[k])));
-    return math::activate(z, act);
+  __device__ __forceinline__ bool changes() const { return c_.scale || c_.act != Act::none; }
+  // For n values.
+  __device__ __forceinline__ Values from(int value) const {
+    Values v{{}, {}, c_};
+    if (c_.scale) {
+      v.scale = load_channels<n>(shared_.scale + value);
+      v.shift = load_channels<n>(shared_.shift + value);
+    }
+    return v;
   }
+
+ private:
+  const Conv& c_;
+  const Shared& shared_;
 };
 
 // Adds the products of the pixels from `first` to `end`, of which only the last stage may be
-// partial. operands.fetch(pixels, first pixel) and operands.put(rows, columns) bring one stage.
+// partial. operands.fetch(stage, slot, sources, first pixel) starts the copies of a stage, which
+// operands.arrive(stage, slot) finds landed, and operands.multiply(stage, slot) finds changed by
+// all. All threads have passed a barrier in between.
 template <class B, class Operands>
 __device__ __forceinline__ void sum_over_pixels(const Conv& c, int64_t first, int64_t end,
-                                                unsigned char* memory, Operands& operands,
-                                                typename B::Sums& sums) {
-  Pixel* const tables = reinterpret_cast<Pixel*>(memory + 2 * B::kStageBytes);
-  auto describe_pixels = [&](int64_t from, int slot) {
-    if (threadIdx.x < B::kDepth && from < end)
-      tables[slot * B::kDepth + threadIdx.x] = pixel_at(c, from, threadIdx.x);
-  };
+                                                unsigned char* memory, Operands& operands) {
+  Source* const sources = reinterpret_cast<Source*>(memory + B::kStages * B::kStageBytes);
   if (first >= end) return;
-  describe_pixels(first, 0);
+  const int mine = threadIdx.x;
+  if (mine < B::kStages * B::kDepth) sources[mine] = source_of(pixel_at(c, first, mine));
+  const SourceSteps steps(c, B::kStages * B::kDepth);
   __syncthreads();
-  operands.fetch(tables, first);
-  describe_pixels(first + B::kDepth, 1);
+  auto stage = [&](int slot) { return memory + slot * B::kStageBytes; };
+  auto fetch = [&](int64_t from, int slot) {
+    if (from < end) operands.fetch(stage(slot), slot, sources + slot * B::kDepth, from);
+    cp_async_commit();
+  };
+  for (int slot = 0; slot < B::kStages - 1; ++slot) fetch(first + slot * B::kDepth, slot);
   int slot = 0;
-  for (int64_t from = first; from < end; from += B::kDepth, slot ^= 1) {
-    unsigned char* const rows = memory + slot * B::kStageBytes;
-    operands.put(rows, rows + B::kRowsBytes);
-    __syncthreads();  // the stage and the next pixels are there, and all have left the stage before
-    if (from + B::kDepth < end) operands.fetch(tables + (slot ^ 1) * B::kDepth, from + B::kDepth);
-    sums.template multiply_by_depth<B::kDepth>(rows, rows + B::kRowsBytes);
-    describe_pixels(from + 2 * B::kDepth, slot);
+  for (int64_t from = first; from < end; from += B::kDepth, slot = (slot + 1) % B::kStages) {
+    cp_async_wait<B::kStages - 2>();
+    operands.arrive(stage(slot), slot);
+    __syncthreads();  // the stage is changed, and all have left the one before
+    fetch(from + (B::kStages - 1) * B::kDepth, (slot + B::kStages - 1) % B::kStages);
+    if (mine / B::kDepth == slot) {
+      const int64_t next = from + B::kStages * B::kDepth + mine % B::kDepth;
+      sources[mine] = next < c.pixels() ? steps.after(c, sources[mine]) : Source{0, kNowhere, 0};
+    }
+    operands.multiply(stage(slot), slot);
   }
 }
 
