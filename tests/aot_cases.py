@@ -33,26 +33,29 @@ def add(op: str, *args: Any, wide: bool = False) -> None:
     CASES.append(Case(op, args, wide))
 
 
-for dtype, layout in itertools.product(DTYPES, LAYOUTS):
-    last = layout == torch.channels_last
-    x = image(32, 64, 56, 56, dtype=dtype, layout=layout)
-    c = vector(64, dtype)
-    add("bn_act", x, c, c, x, "relu", wide=last)
-    add("bn_act_", x, c, c, None, "none", wide=last)
-    add("bn_stats", x, wide=last)
+def add_maps_and_sums(x: Tensor, pooled: Tensor, pool: tuple[list[int], ...], wide: bool) -> None:
+    """The ops of an image tensor and vectors of one number per channel."""
+    c = vector(x.size(1), x.dtype)
+    add("bn_act", x, c, c, x, "relu", wide=wide)
+    add("bn_act_", x, c, c, None, "none", wide=wide)
+    add("bn_stats", x, wide=wide)
     batch = (c, c, c, c, 100352.0)
     for mask, act in ((x, "relu"), (None, "relu"), (None, "none")):
-        add("bn_act_backward_reduce", x, x, mask, c, c, c, c, act, wide=last)
-        add("bn_act_backward", x, x, mask, c, c, *batch, act, wide=last)
-    add("bn_act_backward_", x, None, x, c, c, *[None] * 4, 0.0, "relu", wide=last)
-    add("relu_backward_reduce", x, x, wide=last)
-    pooled = image(32, 64, 28, 28, dtype=dtype, layout=layout)
+        add("bn_act_backward_reduce", x, x, mask, c, c, c, c, act, wide=wide)
+        add("bn_act_backward", x, x, mask, c, c, *batch, act, wide=wide)
+    add("bn_act_backward_", x, None, x, c, c, *[None] * 4, 0.0, "relu", wide=wide)
+    add("relu_backward_reduce", x, x, wide=wide)
     argmax = torch.empty_like(pooled, dtype=torch.uint8)
-    pool = ([3, 3], [2, 2], [1, 1], [1, 1])
     for op in ("bn_act_maxpool", "bn_act_maxpool_train"):
         add(op, x, c, c, *pool, False, "relu")
     add("bn_act_maxpool_backward_reduce", pooled, pooled, argmax, x, c, c, *pool, "relu")
     add("bn_act_maxpool_backward", pooled, pooled, argmax, x, c, *batch, *pool, "relu")
+
+
+for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+    last = layout == torch.channels_last
+    x, pooled = (image(32, 64, side, side, dtype=dtype, layout=layout) for side in (56, 28))
+    add_maps_and_sums(x, pooled, ([3, 3], [2, 2], [1, 1], [1, 1]), last)
     # Channels that divide by 8 and not by 16, pixels that divide by nothing.
     ragged = image(3, 24, 7, 7, dtype=dtype, layout=layout)
     add("bn_act", ragged, *[vector(24, dtype)] * 2, None, "relu", wide=last)
@@ -93,11 +96,18 @@ CONVOLUTIONS = (
 
 
 def add_convolution(
-    dtype: torch.dtype, c: int, k: int, side: int, kernel: int, stride: int, groups: int
+    dtype: torch.dtype,
+    c: int,
+    k: int,
+    side: int,
+    kernel: int,
+    stride: int,
+    groups: int,
+    batch: int = 32,
 ) -> None:
     out = (side - 1) // stride + 1
     x, y = (
-        image(32, n, s, s, dtype=dtype, layout=torch.channels_last)
+        image(batch, n, s, s, dtype=dtype, layout=torch.channels_last)
         for n, s in ((c, side), (k, out))
     )
     weight = image(k, c // groups, kernel, kernel, dtype=dtype, layout=torch.channels_last)
@@ -115,9 +125,16 @@ def add_convolution(
 
 
 def add_chain(
-    dtype: torch.dtype, c: int, k: int, side: int, kernel: int, stride: int, groups: int
+    dtype: torch.dtype,
+    c: int,
+    k: int,
+    side: int,
+    kernel: int,
+    stride: int,
+    groups: int,
+    batch: int = 32,
 ) -> None:
-    x, y = (image(32, n, side, side, dtype=dtype, layout=torch.channels_last) for n in (c, k))
+    x, y = (image(batch, n, side, side, dtype=dtype, layout=torch.channels_last) for n in (c, k))
     weight = image(k, c // groups, kernel, kernel, dtype=dtype, layout=torch.channels_last)
     geometry = ([1, 1], [kernel // 2] * 2, [1, 1], groups)
     into, of = vector(c, dtype), vector(k, dtype)
@@ -146,3 +163,29 @@ for dtype in DTYPES:
     ragged = image(32, 24, 56, 56, dtype=dtype, layout=torch.channels_last)
     centre = vector(24, dtype)
     add("bn_act_gram", ragged, None, None, centre, "none", 2)
+
+# Lengths of one, which Triton compiles as constants: of batches, images, channels, groups, ranges.
+dtype = torch.bfloat16
+for layout in LAYOUTS:
+    for sizes in ((1, 64, 7, 7), (1, 64, 1, 1), (1, 1, 1, 1)):
+        x = image(*sizes, dtype=dtype, layout=layout)
+        add_maps_and_sums(x, x, ([3, 3], [1, 1], [1, 1], [1, 1]), False)
+        add("bn_act_gram", x, None, None, vector(sizes[1], dtype), "none", 1)
+        add("bn_act_gram", x, None, None, vector(sizes[1], dtype), "none", 2)
+x, one = torch.empty(1, dtype=dtype, device="meta"), vector(1, dtype)
+for coeff in (None, [5e-324]):  # whose bits are a one
+    add("eltwise_act", [x], "sum", coeff, "none")
+    add("eltwise_act_backward", x, [x], None, "sum", coeff, "none")
+add("bn_finalize", one, one, 5e-324, *[one] * 4, 5e-324, 5e-324)
+add("bn_scale_shift", one, one, one, one, 5e-324)
+for convolution in (
+    (64, 64, 7, 3, 1, 1),
+    (64, 64, 1, 1, 1, 1),
+    (64, 64, 1, 3, 1, 4),
+    (64, 64, 8, 3, 2, 1),
+    (1, 1, 1, 1, 1, 1),
+    (2, 2, 1, 3, 2, 2),
+):
+    add_convolution(dtype, *convolution, batch=1)
+    if convolution[4] == 1:
+        add_chain(dtype, *convolution, batch=1)

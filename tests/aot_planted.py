@@ -36,6 +36,12 @@ def multiplies_by_one_warp(x, out, BLOCK: tl.constexpr):
     tl.store(out + at, tl.dot(tile, tile))
 
 
+@triton.jit
+def takes_no_one(x, out, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at * n.to(tl.int64), tl.load(x + at))
+
+
 def planted() -> list[Launch]:
     x, half = (torch.empty(1 << 16, dtype=d, device="meta") for d in (torch.float32, torch.float16))
     with recording() as launches:
@@ -43,4 +49,5 @@ def planted() -> list[Launch]:
         launch(moves_little, (1,), [x], [x], BLOCK=1024, num_warps=4)
         launch(spills, (1,), [x], [x], BLOCK=16384, num_warps=2)
         launch(multiplies_by_one_warp, (1,), [half], [x], BLOCK=64, num_warps=1)
+        launch(takes_no_one, (1,), [x], [x], [1], BLOCK=1024, num_warps=4)
     return launches

@@ -81,7 +81,7 @@ def gram_partial(
     if tile_i <= tile_j:
         i = tile_i * BLOCK + tl.arange(0, BLOCK)
         j = tile_j * BLOCK + tl.arange(0, BLOCK)
-        rows = batch.to(INDEX) * rows_h * rows_w
+        rows = tl.cast(batch, INDEX) * rows_h * rows_w
         ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
         acc = tl.zeros((BLOCK, BLOCK), dtype=ACC)
         total = tl.zeros((BLOCK,), dtype=ACC)
@@ -106,7 +106,7 @@ def gram_partial(
         mask = (i < channels)[:, None] & (j < channels)[None, :]
         tl.store(out + place_i[:, None] + j[None, :], acc, mask=mask)
         if tile_i == tile_j:
-            tl.store(out + channels.to(tl.int64) * channels + i, total, mask=i < channels)
+            tl.store(out + tl.cast(channels, tl.int64) * channels + i, total, mask=i < channels)
 
 
 @triton.jit

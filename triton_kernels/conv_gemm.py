@@ -149,7 +149,7 @@ def conv_gemm(
     taps = taps_h * taps_w
     rows_h = tl.cdiv(out_h - phase_h, PHASES_H)
     rows_w = tl.cdiv(out_w - phase_w, PHASES_W)
-    rows = batch.to(INDEX) * rows_h * rows_w
+    rows = tl.cast(batch, INDEX) * rows_h * rows_w
     rows_h = tl.maximum(rows_h, 1)  # a phase may have no rows at all
     rows_w = tl.maximum(rows_w, 1)
     row = tile.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)

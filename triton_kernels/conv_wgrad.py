@@ -87,7 +87,7 @@ def conv_wgrad_partial(
     moved_h = tap // KERNEL_W * DILATION_H
     moved_w = tap % KERNEL_W * DILATION_W
 
-    all_pixels = batch.to(INDEX) * out_h * out_w
+    all_pixels = tl.cast(batch, INDEX) * out_h * out_w
     grad_channels = groups * rows
     x_channels = groups * channels
     out_channel = group * rows + row
@@ -149,7 +149,7 @@ def add_ranges(partial, out, numel, ranges, BLOCK: tl.constexpr):
     mask = place < numel
     total = tl.load(partial + place, mask=mask, other=0.0)
     for i in range(1, ranges):
-        total += tl.load(partial + numel.to(tl.int64) * i + place, mask=mask, other=0.0)
+        total += tl.load(partial + tl.cast(numel, tl.int64) * i + place, mask=mask, other=0.0)
     tl.store(out + place, total, mask=mask)
 
 

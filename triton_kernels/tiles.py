@@ -21,7 +21,7 @@ from . import launch
 @triton.jit
 def double(bits):
     """The number :func:`launch.bits` has taken apart."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
