@@ -21,6 +21,7 @@ class Frozen(nn.Module):
         model: the frozen copy.
         errors: for ``"eager"`` (the source) and ``"frozen"``, the mean and the maximum error of the
             outputs on the example against the source in float64, relative to the largest output.
+        failed: by layer, the engines that could not run it on the example, and what they raised.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -28,6 +29,7 @@ class Frozen(nn.Module):
         self.model = model
         self.dtype, self.device = dtype, device
         self.errors: dict[str, dict[str, float]] = {}
+        self.failed: dict[str, dict[str, str]] = {}
         super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +158,7 @@ def _static_obstacle(m: Fused) -> bool:
 
 def _tune(frozen: Frozen, inputs: Any) -> None:
     """Time the engines of every distinct layer on the inputs it gets when the example is run."""
-    seen: dict[Any, str] = {}
+    seen: dict[Any, FrozenConv] = {}
 
     def before(m: Any, args: tuple[Any, ...]) -> None:
         x, *after = args
@@ -164,15 +166,16 @@ def _tune(frozen: Frozen, inputs: Any) -> None:
         key = (x.shape, m.weight.shape, str(m.geometry), str(epilogue))
         if key not in seen:
             m.tune(*args)
-            seen[key] = m.engine
-        m.engine = seen[key]
+            seen[key] = m
+        m.engine, m.failed = seen[key].engine, seen[key].failed
         m.forget()
 
-    layers = [m for m in frozen.modules() if isinstance(m, FrozenConv)]
-    hooks = [m.register_forward_pre_hook(before) for m in layers]
+    layers = {path: m for path, m in frozen.model.named_modules() if isinstance(m, FrozenConv)}
+    hooks = [m.register_forward_pre_hook(before) for m in layers.values()]
     frozen(*inputs)
     for hook in hooks:
         hook.remove()
+    frozen.failed = {path: m.failed for path, m in layers.items() if m.failed}
 
 
 def _errors(

@@ -68,6 +68,7 @@ class FrozenConv(nn.Module):
         self.register_buffer("shift", live_shift.to(scale.dtype))
         self.geometry = geometry_of(conv)
         self.engine = engines.choose("conv_bn_act", weight.device.type, dtype)
+        self.failed: dict[str, str] = {}
         self._packed: Tensor | None = None
 
     @property
@@ -111,21 +112,36 @@ class FrozenConv(nn.Module):
         spoilt = x.clone()
         spoilt[0, 0] = torch.nan
         args: Any = (spoilt, *given[1:-1], self.geometry[3], act)
-        fused, plain = vendor.conv_bn_act_cudnn(*args), vendor.conv_bn_act(*args)
+        try:
+            fused = vendor.conv_bn_act_cudnn(*args)
+        except RuntimeError:  # cuDNN has no kernel for it
+            return False
+        plain = vendor.conv_bn_act(*args)
         return torch.equal(fused.isnan(), plain.isnan())
 
     def tune(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> None:
-        """Move this layer to another engine if that is clearly faster on ``x``."""
+        """Move this layer to another engine if that is clearly faster on ``x``.
+
+        One that raises is out; ``failed`` tells why. If all do, the last one's error is raised.
+        """
         first, *others = self.candidates(x, act, residual)
         times: dict[str, list[float]] = {name: [] for name in (first, *others)}
+        self.failed = {}
         clock = measure.clock(x.device.type)
         for turn in range(TUNE_ROUNDS + 1):
-            for self.engine in times:
-                seconds = clock(lambda: self.forward(x, act, residual), 1)
+            for self.engine in list(times):
+                try:
+                    seconds = clock(lambda: self.forward(x, act, residual), 1)
+                except Exception as error:  # compilers and libraries raise what they like
+                    self.failed[self.engine] = f"{type(error).__name__}: {error}"
+                    del times[self.engine]
+                    if not times:
+                        raise
+                    continue
                 if turn > 0:  # the first packs, and warms up
                     times[self.engine].append(seconds)
         best = min(times, key=lambda name: min(times[name]))
-        clear = min(times[best]) * TUNE_MARGIN < min(times[first])
+        clear = first not in times or min(times[best]) * TUNE_MARGIN < min(times[first])
         self.engine = best if clear else first
 
     def forget(self) -> None:

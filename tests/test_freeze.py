@@ -23,6 +23,7 @@ from torch.nn.utils import prune
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import fused_resnet
+from fused_resnet import vendor
 from fused_resnet.frozen_conv import FOLD_BOUND, FrozenConv
 
 
@@ -324,6 +325,24 @@ def test_repeated_runs_are_bit_equal(source, dtype, engine):
     model = on(fused_resnet.freeze(source, example=x, dtype=dtype), engine)
     first = model(x)
     assert all(torch.equal(model(x), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("order", [("native", "vendor"), ("vendor", "native")], ids=str)
+def test_an_engine_that_fails_is_not_taken(source, monkeypatch, order):
+    def planted(*args):
+        raise OSError("planted")
+
+    x = images(0, 1, 33)
+    monkeypatch.setattr(FrozenConv, "candidates", lambda *args: order)
+    monkeypatch.setattr(vendor, "conv_bn_act", planted)
+    frozen = fused_resnet.freeze(source, example=x)
+    layers = {path for path, m in frozen.model.named_modules() if isinstance(m, FrozenConv)}
+    assert frozen.failed == {path: {"vendor": "OSError: planted"} for path in layers}
+    assert {m.engine for m in frozen_layers(frozen)} == {"native"}
+    judge([frozen(x)], [source(x)], [double(source, x)])
+    monkeypatch.setattr(FrozenConv, "candidates", lambda *args: ["vendor"])
+    with pytest.raises(OSError, match="planted"):
+        fused_resnet.freeze(source, example=x)
 
 
 def test_quiet():
