@@ -26,12 +26,10 @@ def suggests_channels_last(x: Tensor) -> bool:
     dense = x.is_contiguous(memory_format=torch.channels_last)
     if dense != x.is_contiguous():  # at once: this is asked of every image, all day
         return dense
-    least = 0
-    for d in (1, 3, 2, 0):
-        if x.size(d) == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
-            return False
-        least = x.stride(d) * max(x.size(d), 1)
-    return True
+    _, channels, height, width = x.shape
+    across_n, across_c, across_h, across_w = x.stride()
+    fits = across_c * channels <= across_w and across_w * width <= across_h
+    return 0 not in x.shape and fits and across_n >= across_h * height != across_c
 
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
