@@ -3,7 +3,7 @@
     python tests/aot.py --arch 80 90 [--all-configs] [--op bn_act ...]
 
 The ops are called on meta tensors, where ``launch`` records what it would launch, and Triton
-compiles that by its own dispatch, on a driver that stands for the GPU. A process of its own,
+compiles that by its own dispatch, for a GPU that is absent. A process of its own,
 because kernels that were loaded to be interpreted cannot be compiled. Triton's cache, keyed by the
 source's hash, is in build/.
 """
@@ -21,37 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import absent_gpu  # noqa: E402, F401
 import aot_planted  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from aot_cases import CASES, Case  # noqa: E402
 from fused_resnet.triton_kernels import launch, ops  # noqa: E402
 from test_nvcc import maxima_that_lose_nan  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 
 #: Bytes of shared memory a block can have.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 MOST_CONFIGS = 4
-
-
-class AbsentGPU:
-    """What Triton asks of a driver before it loads a kernel, of a GPU of ``launch.planned_arch``.
-
-    Each architecture is a device, so that what was compiled for it is found by its number.
-    """
-
-    def get_current_device(self) -> int:
-        return launch.planned_arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", launch.planned_arch, 32)
-
-
-triton.runtime.driver.set_active(AbsentGPU())
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import checks, conv_configs, tiles
 from .conv_gemm import operand
 from .conv_shapes import channels_last, index_type, precision
-from .launch import arch, launch
+from .launch import arch, cdiv, launch
 from .tiles import alignment
 
 
@@ -156,12 +156,12 @@ def bn_act_gram(
     total = x.new_empty((channels,), dtype=torch.float64)
     if channels == 0:
         return gram, total
-    rows_h, rows_w = triton.cdiv(height, stride), triton.cdiv(width, stride)
+    rows_h, rows_w = cdiv(height, stride), cdiv(width, stride)
     rows = batch * rows_h * rows_w
     config = conv_configs.gram(channels, x.dtype, arch(x))
-    across = triton.cdiv(channels, config.m)
+    across = cdiv(channels, config.m)
     steps = conv_configs.gram_steps(across * (across + 1) // 2, rows, config.k)
-    ranges = triton.cdiv(rows, steps * config.k)
+    ranges = cdiv(rows, steps * config.k)
     partial = x.new_empty((ranges, channels + 1, channels), dtype=center.dtype)
     launch(
         gram_partial,
@@ -180,7 +180,7 @@ def bn_act_gram(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    grid = (channels + 1, triton.cdiv(channels, 256))
+    grid = (channels + 1, cdiv(channels, 256))
     launch(
         gram_finalize, grid, (partial,), (gram, total), (channels, ranges), finalizes=True,
         BLOCK=256,

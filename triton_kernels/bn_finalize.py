@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import tiles
 from .checks import check_accumulation, check_dim, check_dtype, fail, vector
-from .launch import bits, launch
+from .launch import bits, cdiv, launch
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def bn_finalize(
     scale, shift, invstd = (mean.new_empty(channels) for _ in range(3))
     launch(
         bn_finalize_kernel,
-        (triton.cdiv(channels, tiles.VECTOR),),
+        (cdiv(channels, tiles.VECTOR),),
         reads=[mean.contiguous(), m2, weight, bias],
         writes=[dense_mean, dense_var, scale, shift, invstd],
         numbers=[channels, bits(count), bits(momentum), bits(eps)],

@@ -8,7 +8,7 @@ from fused_resnet.reference import accumulation_dtype
 
 from . import tiles
 from .checks import check_dim, check_dtype, vector
-from .launch import bits, launch
+from .launch import bits, cdiv, launch
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def bn_scale_shift(
     )
     launch(
         bn_scale_shift_kernel,
-        (triton.cdiv(channels, tiles.VECTOR),),
+        (cdiv(channels, tiles.VECTOR),),
         reads=reads,
         writes=[scale, shift],
         numbers=[channels, bits(eps)],

@@ -12,7 +12,7 @@ from fused_resnet.reference import accumulation_dtype, memory_format
 
 from . import reductions, tiles
 from .checks import check_dim, check_dtype
-from .launch import launch
+from .launch import cdiv, launch
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, m2 = (x.new_empty(channels, dtype=accumulation_dtype(x.dtype)) for _ in range(2))
     launch(
         bn_stats_finish_kernel,
-        (triton.cdiv(channels, reductions.CHANNELS),),
+        (cdiv(channels, reductions.CHANNELS),),
         reads=partials,
         writes=[mean, m2],
         numbers=[plan.extent.positions, plan.positions_a_run, plan.runs, channels],

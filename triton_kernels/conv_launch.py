@@ -1,15 +1,15 @@
 """Launches of :func:`conv_gemm.conv_gemm`: a convolution, and the gradient of its input."""
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import triton
 from torch import Tensor
 
 from . import conv_configs
 from .conv_gemm import conv_gemm
 from .conv_shapes import ConvShape, channels_last, index_type, precision
-from .launch import arch, launch
+from .launch import arch, cdiv, launch
 from .tiles import alignment
 
 
@@ -51,6 +51,14 @@ class _Axis(NamedTuple):
     dilation: int
 
 
+class _Geometry(NamedTuple):
+    """What a launch is but for its tensors and what is done to their elements."""
+
+    grid: tuple[int, int]
+    numbers: tuple[int, ...]
+    meta: dict[str, Any]
+
+
 def _config(columns: int, source: Operand) -> conv_configs.Config:
     tensors = 1 if source.other is None else 2
     return conv_configs.gemm(columns, source.x.dtype, arch(source.x), tensors)
@@ -59,18 +67,18 @@ def _config(columns: int, source: Operand) -> conv_configs.Config:
 def forward_tiles(shape: ConvShape, source: Operand) -> tuple[int, int]:
     """How many tiles of rows the statistics of a convolution come in, and rows a tile."""
     block = _config(shape.out_channels // shape.groups, source).m
-    return triton.cdiv(shape.pixels, block), block
+    return cdiv(shape.pixels, block), block
 
 
 def backward_tiles(shape: ConvShape, grad: Operand) -> int:
     """How many tiles of rows the statistics of a gradient come in."""
     block = _config(shape.in_channels // shape.groups, grad).m
-    return math.prod(shape.stride) * triton.cdiv(_phase_rows(shape), block)
+    return math.prod(shape.stride) * cdiv(_phase_rows(shape), block)
 
 
 def _phase_rows(shape: ConvShape) -> int:
     """Rows of the largest of an input gradient's phases."""
-    height, width = (triton.cdiv(n, s) for n, s in zip(shape.size, shape.stride, strict=True))
+    height, width = (cdiv(n, s) for n, s in zip(shape.size, shape.stride, strict=True))
     return shape.batch * height * width
 
 
@@ -82,14 +90,7 @@ def forward(
     epilogue: Epilogue,
 ) -> None:
     """``out = conv2d(source, weight)``; images are channels_last."""
-    axes = [
-        _Axis(kernel, stride, dilation, 1, 1, dilation)
-        for kernel, stride, dilation in zip(shape.kernel, shape.stride, shape.dilation, strict=True)
-    ]
-    offsets = (-shape.padding[0], -shape.padding[1])
-    channels = (shape.in_channels, shape.out_channels)
-    rows = shape.pixels
-    _launch(shape, source, weight, out, epilogue, None, axes, offsets, rows, channels, False)
+    _launch(shape, source, weight, out, epilogue, None, is_backward=False)
 
 
 def backward(
@@ -104,13 +105,59 @@ def backward(
 
     ``second``: an operand of dx's sizes and a matrix, whose product is added.
     """
-    axes = []
-    for kernel, stride, dilation in zip(shape.kernel, shape.stride, shape.dilation, strict=True):
-        common = math.gcd(stride, dilation)
-        axes.append(_Axis(kernel, 1, -dilation // common, stride, stride // common, dilation))
-    channels = (shape.out_channels, shape.in_channels)
-    rows = _phase_rows(shape)
-    _launch(shape, grad, weight, dx, epilogue, second, axes, shape.padding, rows, channels, True)
+    _launch(shape, grad, weight, dx, epilogue, second, is_backward=True)
+
+
+def _axis(kernel: int, stride: int, dilation: int, is_backward: bool) -> _Axis:
+    if not is_backward:
+        return _Axis(kernel, stride, dilation, 1, 1, dilation)
+    common = math.gcd(stride, dilation)
+    return _Axis(kernel, 1, -dilation // common, stride, stride // common, dilation)
+
+
+@functools.lru_cache(maxsize=1024)
+def _geometry(shape: ConvShape, config: conv_configs.Config, is_backward: bool) -> _Geometry:
+    axes = [
+        _axis(*each, is_backward)
+        for each in zip(shape.kernel, shape.stride, shape.dilation, strict=True)
+    ]
+    channels = (shape.in_channels // shape.groups, shape.out_channels // shape.groups)
+    sizes = (shape.size, shape.out_size)
+    if is_backward:
+        rows, offsets = _phase_rows(shape), shape.padding
+        channels, sizes = channels[::-1], sizes[::-1]
+    else:
+        rows, offsets = shape.pixels, (-shape.padding[0], -shape.padding[1])
+    reduced, columns = channels
+    # Of few channels, several taps fill a step.
+    packed = reduced < 16 and shape.kernel != (1, 1)
+    reduced_unit, column_unit = reduced if packed else alignment(reduced), alignment(columns)
+    return _Geometry(
+        (
+            cdiv(rows, config.m) * cdiv(columns, config.n) * shape.groups,
+            axes[0].phases * axes[1].phases,
+        ),
+        (
+            shape.batch,
+            *sizes[0],
+            *sizes[1],
+            *offsets,
+            shape.groups,
+            reduced // reduced_unit,
+            columns // column_unit,
+        ),
+        {
+            "REDUCED_UNIT": reduced_unit,
+            "COLUMN_UNIT": column_unit,
+            **{f"{name.upper()}_H": value for name, value in axes[0]._asdict().items()},
+            **{f"{name.upper()}_W": value for name, value in axes[1]._asdict().items()},
+            "BACKWARD": is_backward,
+            "PACKED": packed,
+            "PLAIN": shape.plain,
+            "INDEX": index_type(rows, config.m),
+            **config.meta,
+        },
+    )
 
 
 def _launch(
@@ -120,18 +167,11 @@ def _launch(
     out: Tensor,
     epilogue: Epilogue,
     second: tuple[Operand, Tensor] | None,
-    axes: list[_Axis],
-    offsets: tuple[int, int],
-    rows: int,
-    channels: tuple[int, int],
     is_backward: bool,
 ) -> None:
     x = source.x
-    reduced, columns = (n // shape.groups for n in channels)
-    config = _config(columns, source)
-    # Of few channels, several taps fill a step.
-    packed = reduced < 16 and shape.kernel != (1, 1)
-    reduced_unit, column_unit = reduced if packed else alignment(reduced), alignment(columns)
+    columns = (shape.in_channels if is_backward else shape.out_channels) // shape.groups
+    geometry = _geometry(shape, _config(columns, source), is_backward)
     reads = [x, source.other, source.scale, source.slope, source.shift, channels_last(weight)]
     if second is None:
         reads += [None] * 5
@@ -143,32 +183,13 @@ def _launch(
     reads += [None] * 4 if mask is None else [mask.x, mask.scale, mask.shift, mask.center]
     launch(
         conv_gemm,
-        (
-            triton.cdiv(rows, config.m) * triton.cdiv(columns, config.n) * shape.groups,
-            axes[0].phases * axes[1].phases,
-        ),
+        geometry.grid,
         reads=reads,
         writes=[out, *(epilogue.sums or (None, None))],
-        numbers=[
-            shape.batch,
-            *x.shape[2:],
-            *out.shape[2:],
-            *offsets,
-            shape.groups,
-            reduced // reduced_unit,
-            columns // column_unit,
-        ],
-        REDUCED_UNIT=reduced_unit,
-        COLUMN_UNIT=column_unit,
-        **{f"{name.upper()}_H": value for name, value in axes[0]._asdict().items()},
-        **{f"{name.upper()}_W": value for name, value in axes[1]._asdict().items()},
-        BACKWARD=is_backward,
-        PACKED=packed,
-        PLAIN=shape.plain,
+        numbers=geometry.numbers,
         IN_RELU=source.act == "relu",
         X2_RELU=second is not None and second[0].act == "relu",
         RELU=epilogue.act == "relu",
         PRECISION=precision(x.dtype),
-        INDEX=index_type(rows, config.m),
-        **config.meta,
+        **geometry.meta,
     )

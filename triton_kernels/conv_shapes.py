@@ -1,5 +1,6 @@
 """What a convolution is, and what its kernels are launched with."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,21 @@ def conv_shape(
     groups: int,
 ) -> ConvShape:
     """Of an input of ``sizes``; checks the geometry."""
+    lengths = map(tuple, (sizes, kernel, stride, padding, dilation))
+    return _conv_shape(op, out_channels, groups, *lengths)
+
+
+@functools.lru_cache(maxsize=1024)
+def _conv_shape(
+    op: str,
+    out_channels: int,
+    groups: int,
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> ConvShape:
     checks.check_pair(op, "stride", stride, 1)
     checks.check_pair(op, "padding", padding, 0)
     checks.check_pair(op, "dilation", dilation, 1)

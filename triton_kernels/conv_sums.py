@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import cdiv, launch
 
 #: Tiles and channels that a program loads at once.
 _BLOCK = {"TILES": 128, "CHANNELS": 16, "num_warps": 4}
@@ -86,7 +86,7 @@ def moments(sums: tuple[Tensor, Tensor], rows: int, block: int) -> tuple[Tensor,
     """Mean and squared deviations of all ``rows``."""
     tiles, channels = sums[0].shape
     results = sums[0].new_empty(channels), sums[0].new_empty(channels)
-    grid = (triton.cdiv(channels, _BLOCK["CHANNELS"]),)
+    grid = (cdiv(channels, _BLOCK["CHANNELS"]),)
     numbers = (tiles, channels, rows, block)
     launch(moments_kernel, grid, sums, results, numbers, finalizes=True, **_BLOCK)
     return results
@@ -96,6 +96,6 @@ def total(sums: tuple[Tensor, Tensor], factor: Tensor) -> tuple[Tensor, Tensor]:
     """Their sums over all tiles, the second's times ``factor``."""
     tiles, channels = sums[0].shape
     results = sums[0].new_empty(channels), sums[0].new_empty(channels)
-    grid = (triton.cdiv(channels, _BLOCK["CHANNELS"]),)
+    grid = (cdiv(channels, _BLOCK["CHANNELS"]),)
     launch(sums_kernel, grid, (*sums, factor), results, (tiles, channels), finalizes=True, **_BLOCK)
     return results

@@ -18,7 +18,7 @@ from . import checks, conv_configs
 from .conv_gemm import operand
 from .conv_launch import Operand
 from .conv_shapes import ConvShape, channels_last, conv_shape, index_type, precision
-from .launch import arch, launch
+from .launch import arch, cdiv, launch
 from .tiles import alignment
 
 
@@ -206,9 +206,9 @@ def weight_gradient(shape: ConvShape, grad: Operand, z: Operand, dw: Tensor) -> 
     config = conv_configs.wgrad(rows, channels * taps, z.x.dtype, arch(dw))
     # Of few channels, a tile goes over several taps.
     packed = channels < 16 and taps > 1
-    across = triton.cdiv(channels * (taps if packed else 1), config.n) * (1 if packed else taps)
-    tiles = shape.groups * triton.cdiv(rows, config.m) * across
-    ranges, steps = conv_configs.ranges(tiles, triton.cdiv(shape.pixels, config.k))
+    across = cdiv(channels * (taps if packed else 1), config.n) * (1 if packed else taps)
+    tiles = shape.groups * cdiv(rows, config.m) * across
+    ranges, steps = conv_configs.ranges(tiles, cdiv(shape.pixels, config.k))
     partial = dw if ranges == 1 else dw.new_empty((ranges, dw.numel()))
     row_unit, channel_unit = alignment(rows), channels if packed else alignment(channels)
     launch(
@@ -245,6 +245,6 @@ def weight_gradient(shape: ConvShape, grad: Operand, z: Operand, dw: Tensor) -> 
         **config.meta,
     )
     if ranges > 1:
-        grid = (triton.cdiv(dw.numel(), 1024),)
+        grid = (cdiv(dw.numel(), 1024),)
         numbers = (dw.numel(), ranges)
         launch(add_ranges, grid, [partial], [dw], numbers, finalizes=True, BLOCK=1024)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import tiles
 from .checks import check_act, check_dtype, check_like, check_sizes, fail, laid_out_as
-from .launch import bits, launch
+from .launch import bits, cdiv, launch
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def eltwise_act(
     config = tiles.config_for(out, out.numel())
     launch(
         eltwise_act_kernel,
-        (triton.cdiv(out.numel(), config.elements),),
+        (cdiv(out.numel(), config.elements),),
         reads=[tuple(laid_out_as(t, out) for t in inputs)],
         writes=[out],
         numbers=[coefficients, out.numel()],

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import tiles
 from .checks import check_act, check_dtype, check_like, check_sizes, fail, laid_out_as
 from .eltwise_act import check_combination
-from .launch import launch
+from .launch import cdiv, launch
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def eltwise_act_backward(
     config = tiles.config_for(layout, layout.numel())
     launch(
         eltwise_act_backward_kernel,
-        (triton.cdiv(layout.numel(), config.elements),),
+        (cdiv(layout.numel(), config.elements),),
         reads=[
             laid_out_as(grad, layout),
             laid_out_as(out, layout) if out is not None and act == "relu" else None,

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks, tiles
-from .launch import bits, launch
+from .launch import bits, cdiv, launch
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def gram_moments(gram: Tensor, sum: Tensor, center: Tensor, count: float) -> tup
     moments = center.new_empty(channels, channels + 1)
     launch(
         gram_moments_kernel,
-        (channels, triton.cdiv(channels + 1, tiles.VECTOR)),
+        (channels, cdiv(channels + 1, tiles.VECTOR)),
         (gram, sum),
         (covariance, moments),
         (channels, bits(count)),

@@ -7,6 +7,7 @@ device, or fake ones, it says nothing else: ``recording`` counts launches and by
 """
 
 import contextlib
+import functools
 import os
 import struct
 import threading
@@ -34,6 +35,11 @@ OPTIONS = {"enable_fp_fusion": True}
 
 # Triton's launcher is not safe against two threads compiling, its interpreter not against two.
 _LOCK = threading.Lock()
+
+#: What Triton compiled, by all that it looks at in a launch: its own search takes several times as
+#: long. With the arguments behind the numbers. Emptied when full, which shapes that never end do.
+_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+_MOST_COMPILED = 4096
 
 
 class Launch(NamedTuple):
@@ -95,23 +101,76 @@ def launch(
     """
     if 0 in grid:
         return
-    this = Launch(kernel, tuple(grid), tuple(reads), tuple(writes), tuple(numbers), meta, finalizes)
-    for launches in _recorders:
-        launches.append(this)
-    first = next(tensors_in(this.writes))
+    if _recorders:
+        this = Launch(
+            kernel, tuple(grid), tuple(reads), tuple(writes), tuple(numbers), meta, finalizes
+        )
+        for launches in _recorders:
+            launches.append(this)
+    first = next(tensors_in(tuple(writes)))
     if first.is_meta or isinstance(first, FakeTensor):
         return
-    guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
-    with _LOCK, guard:
-        kernel[this.grid](*this.reads, *this.writes, *this.numbers, **meta, **OPTIONS)
+    device = first.get_device()
+    if device < 0 or device == torch.cuda.current_device():
+        _run(kernel, grid, (*reads, *writes), numbers, meta, device)
+    else:
+        with torch.cuda.device(device):
+            _run(kernel, grid, (*reads, *writes), numbers, meta, device)
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles a pointer for."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument
+
+
+def _run(
+    kernel: Any,
+    grid: Sequence[int],
+    pointers: tuple[Any, ...],
+    numbers: Sequence[Any],
+    meta: dict[str, Any],
+    device: int,
+) -> None:
+    """On the current device."""
+    kinds = tuple([each if each is None else _kind(each) for each in pointers])
+    key = (id(kernel), device, kinds, tuple(numbers), *meta, *meta.values())
+    if (found := _compiled.get(key)) is not None:
+        compiled, constants = found
+        compiled[(*grid, 1, 1)[:3]](*pointers, *numbers, *constants)
+        return
+    with _LOCK:
+        compiled = kernel[tuple(grid)](*pointers, *numbers, **meta, **OPTIONS)
+        if compiled is not None:  # not interpreted
+            if len(_compiled) == _MOST_COMPILED:
+                _compiled.clear()
+            names = kernel.arg_names[len(pointers) + len(numbers) :]
+            _compiled[key] = compiled, tuple(meta[name] for name in names)
 
 
 def arch(x: Tensor) -> int:
     """The compute capability kernels for ``x`` are planned for: 90 for 9.0."""
     if not x.is_cuda or isinstance(x, FakeTensor):
         return planned_arch
-    major, minor = torch.cuda.get_device_capability(x.device)
+    return _arch_of(x.get_device())
+
+
+@functools.cache
+def _arch_of(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+# Triton's own of these two, which kernels can call too, take microseconds.
+def cdiv(a: int, b: int) -> int:
+    """Rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is not below a positive ``n``."""
+    return 1 << (n - 1).bit_length()
 
 
 Config = TypeVar("Config")

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .launch import launch
+from .launch import cdiv, launch
 
 #: Partials of a channel block that are added at once.
 ROWS, CHANNELS = 32, 32
@@ -84,10 +84,10 @@ def plan(x: Tensor, extent: tiles.Extent | None = None, most_elements: int = MOS
     extent = extent or tiles.extent(x)
     config = tiles.config_for(x, extent.positions * extent.channels)
     tile = extent.tile(min(config.elements, most_elements), most_channels=64)
-    across = triton.cdiv(extent.channels, tile[1])
-    along = triton.cdiv(extent.positions, tile[0])
-    tiles_a_run = max(_LEAST_TILES, triton.cdiv(along * across, _PROGRAMS))
-    runs = triton.cdiv(along, tiles_a_run)
+    across = cdiv(extent.channels, tile[1])
+    along = cdiv(extent.positions, tile[0])
+    tiles_a_run = max(_LEAST_TILES, cdiv(along * across, _PROGRAMS))
+    runs = cdiv(along, tiles_a_run)
     return Plan(extent, tiles_a_run, runs, (runs * across,), extent.meta(tile, config))
 
 
@@ -96,7 +96,7 @@ def finish(partials: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
     runs, channels = partials[0].shape
     launch(
         add_up_kernel,
-        (triton.cdiv(channels, CHANNELS),),
+        (cdiv(channels, CHANNELS),),
         reads=[tuple(partials)],
         writes=[tuple(sums)],
         numbers=[runs, channels],

@@ -168,8 +168,8 @@ class Extent(NamedTuple):
 
     def tile(self, elements: int, most_channels: int = 256) -> tuple[int, int]:
         """Positions and channels of a tile."""
-        positions = triton.next_power_of_2(max(self.positions, 1))
-        channels = triton.next_power_of_2(max(self.channels, 1))
+        positions = launch.next_power_of_2(max(self.positions, 1))
+        channels = launch.next_power_of_2(max(self.channels, 1))
         if self.last:
             across = min(channels, most_channels, elements)
             return min(positions, elements // across), across
@@ -188,7 +188,7 @@ class Extent(NamedTuple):
 
     def programs(self, tile: tuple[int, int]) -> int:
         """How many cover it."""
-        return triton.cdiv(self.positions, tile[0]) * triton.cdiv(self.channels, tile[1])
+        return launch.cdiv(self.positions, tile[0]) * launch.cdiv(self.channels, tile[1])
 
 
 def extent(x: Tensor) -> Extent:
