@@ -36,10 +36,12 @@ GEMM_HALF = (
 )
 #: In float32 and float64.
 GEMM_WIDE = (Config(64, 64, 16, 8, 2), Config(128, 16, 16, 4, 2))
-#: Of conv_wgrad, whose rows are output channels: the same cases.
+#: Of conv_wgrad, whose rows are output channels: the same cases, and before the last that of tiles
+#: over several taps, whose places take registers.
 WGRAD_HALF = (
     Config(128, 128, 64, 8, 3),
     Config(64, 64, 64, 4, 3),
+    Config(64, 64, 64, 8, 3),
     Config(16, 64, 64, 4, 3),
 )
 WGRAD_WIDE = (Config(64, 64, 16, 8, 2), Config(16, 64, 16, 4, 2))
@@ -72,12 +74,15 @@ def gemm(columns: int, dtype: torch.dtype, arch: int, tensors: int = 1) -> Confi
     return chosen(configs, 1 if configs is GEMM_HALF and (columns <= 64 or tensors > 1) else 0)
 
 
-def wgrad(rows: int, columns: int, dtype: torch.dtype, arch: int) -> Config:
-    """For so many output channels, and taps times input channels, a group."""
+def wgrad(rows: int, columns: int, dtype: torch.dtype, arch: int, packed: bool) -> Config:
+    """For so many output channels, and taps times input channels, a group; ``packed``: a tile goes
+    over several taps."""
     configs = _by_type(WGRAD_HALF, WGRAD_WIDE, dtype)
     if rows <= 16:
         return chosen(configs, len(configs) - 1)
-    return chosen(configs, 1 if configs is WGRAD_HALF and min(rows, columns) <= 64 else 0)
+    if configs is WGRAD_WIDE:
+        return chosen(configs, 0)
+    return chosen(configs, 2 if packed else 1 if min(rows, columns) <= 64 else 0)
 
 
 def gram(channels: int, dtype: torch.dtype, arch: int) -> Config:

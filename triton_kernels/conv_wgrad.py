@@ -203,9 +203,9 @@ def weight_gradient(shape: ConvShape, grad: Operand, z: Operand, dw: Tensor) -> 
         return
     rows, channels = shape.out_channels // shape.groups, shape.in_channels // shape.groups
     taps = shape.kernel[0] * shape.kernel[1]
-    config = conv_configs.wgrad(rows, channels * taps, z.x.dtype, arch(dw))
     # Of few channels, a tile goes over several taps.
     packed = channels < 16 and taps > 1
+    config = conv_configs.wgrad(rows, channels * taps, z.x.dtype, arch(dw), packed)
     across = cdiv(channels * (taps if packed else 1), config.n) * (1 if packed else taps)
     tiles = shape.groups * cdiv(rows, config.m) * across
     ranges, steps = conv_configs.ranges(tiles, cdiv(shape.pixels, config.k))
