@@ -31,7 +31,7 @@ FOUND = {
     "moves_little": "moves fewer than 16 bytes: .*ld.global",
     "spills": r"spills: \d+ bytes of local memory",
     "multiplies_by_one_warp": "multiplies matrices without wgmma",
-    "takes_no_one": "does not compile: .*'int' object has no attribute 'to'",
+    "takes_no_one": "(?s)does not compile: .*'int' object has no attribute 'to'",
 }
 
 
