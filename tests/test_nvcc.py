@@ -47,7 +47,7 @@ BUDGET = {
     "bn_act_gram": Budget(registers=128, shared=2048, wide=None),
     "conv_bn_act": Budget(registers=168, wide=None),
     "conv_pack": Budget(registers=64),
-    "conv_wgrad": Budget(registers=160, wide=None),
+    "conv_wgrad": Budget(registers=160, shared=2048, wide=None),
     "bn_act_maxpool": Budget(registers=80, wide=4),
     "bn_act_maxpool_train": Budget(registers=96, wide=4),
     "bn_act_maxpool_backward": Budget(registers=64, wide=4),

@@ -209,40 +209,27 @@ __global__ void __launch_bounds__(B::kThreads, B::kAtOnce)
     parts.sums[int64_t{blockIdx.y} * c.channels + channel] = operands.total(column);
 }
 
-// Adds the splits up and mirrors the triangle. Threads share out the splits of a value; their sums
-// are added in order.
-struct Finish {
-  static constexpr int kValues = 32, kShares = 8, kThreads = kValues * kShares;
-  double sums[kShares][kValues];
-};
-
-__global__ void __launch_bounds__(Finish::kThreads)
+// Adds the splits up and mirrors the triangle.
+__global__ void __launch_bounds__(SplitSums<double>::kThreads)
     bn_act_gram_finish_kernel(GramParts parts, int splits, int64_t channels, double* gram,
                               double* total) {
-  FR_SHARED(Finish, shared);
-  const int value = threadIdx.x % Finish::kValues, share = threadIdx.x / Finish::kValues;
+  FR_SHARED(SplitSums<double>, sums);
   const int64_t size = channels * channels;
-  for (int64_t first = int64_t{blockIdx.x} * Finish::kValues; first < size + channels;
-       first += int64_t{gridDim.x} * Finish::kValues) {
-    const int64_t i = first + value, row = i / channels, column = i % channels;
-    const bool is_total = row == channels;
-    double sum = 0;
-    if (is_total || row <= column)
-      for (int split = share; split < splits; split += Finish::kShares)
-        sum += is_total ? parts.sums[split * channels + column] : parts.products[split * size + i];
-    shared.sums[share][value] = sum;
-    __syncthreads();
-    if (share == 0 && row <= channels) {
-      for (int other = 1; other < Finish::kShares; ++other) sum += shared.sums[other][value];
-      if (is_total) {
-        total[column] = sum;
-      } else if (row <= column) {
-        gram[i] = sum;
-        gram[column * channels + row] = sum;
-      }
-    }
-    __syncthreads();
-  }
+  sums.add(
+      size + channels, splits,
+      [&](int split, int64_t i) {
+        if (i >= size) return parts.sums[split * channels + i - size];
+        return i / channels <= i % channels ? parts.products[split * size + i] : 0.0;
+      },
+      [&](int64_t i, double sum) {
+        const int64_t row = i / channels, column = i % channels;
+        if (row == channels) {
+          total[column] = sum;
+        } else if (row <= column) {
+          gram[i] = sum;
+          gram[column * channels + row] = sum;
+        }
+      });
 }
 
 struct Job {
@@ -295,11 +282,9 @@ Status launch_gram(const Job& job, const BnActGramArgs& args, const Place& place
              B::kThreads, kShared, place.stream, job.conv, static_cast<const Acc<T>*>(args.center),
              job.plan.split_pixels, parts);
   if (status != Status::ok) return status;
-  const int64_t blocks = ceil_div(channels * (channels + 1), Finish::kValues);
-  return launch(bn_act_gram_finish_kernel,
-                static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 13)), Finish::kThreads, 0,
-                place.stream, parts, job.plan.splits, channels, static_cast<double*>(args.gram),
-                static_cast<double*>(args.sum));
+  return launch(bn_act_gram_finish_kernel, SplitSums<double>::blocks(channels * (channels + 1)),
+                SplitSums<double>::kThreads, 0, place.stream, parts, job.plan.splits, channels,
+                static_cast<double*>(args.gram), static_cast<double*>(args.sum));
 }
 
 }  // namespace

@@ -87,14 +87,12 @@ __global__ void __launch_bounds__(B::kThreads, B::kAtOnce)
 }
 
 template <class A>
-__global__ void __launch_bounds__(Streaming::kThreads)
-    conv_wgrad_finish_kernel(const A* sums, int splits, A* dw, int64_t size) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
-    A sum{};
-    for (int split = 0; split < splits; ++split) sum += sums[split * size + i];
-    dw[i] = sum;
-  }
+__global__ void __launch_bounds__(SplitSums<A>::kThreads)
+    conv_wgrad_finish_kernel(const A* sums_of_splits, int splits, A* dw, int64_t size) {
+  FR_SHARED(SplitSums<A>, sums);
+  sums.add(
+      size, splits, [&](int split, int64_t i) { return sums_of_splits[split * size + i]; },
+      [&](int64_t i, A sum) { dw[i] = sum; });
 }
 
 struct Job {
@@ -135,9 +133,9 @@ Status launch_wgrad(const Job& job, const ConvWgradArgs& args, const Place& plac
       launch(conv_wgrad_kernel<B>, dim3(static_cast<unsigned>(tiles), splits), B::kThreads, kShared,
              place.stream, c, static_cast<const T*>(args.grad), job.plan.split_pixels, sums);
   if (status != Status::ok || splits == 1) return status;
-  const int64_t blocks = std::min<int64_t>(ceil_div(job.size(), Streaming::kThreads), 1 << 12);
-  return launch(conv_wgrad_finish_kernel<A>, static_cast<unsigned>(blocks), Streaming::kThreads, 0,
-                place.stream, static_cast<const A*>(sums), splits, dw, job.size());
+  return launch(conv_wgrad_finish_kernel<A>, SplitSums<A>::blocks(job.size()),
+                SplitSums<A>::kThreads, 0, place.stream, static_cast<const A*>(sums), splits, dw,
+                job.size());
 }
 
 template <class T, bool wide>

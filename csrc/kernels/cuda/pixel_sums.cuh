@@ -188,4 +188,37 @@ __device__ __forceinline__ void sum_over_pixels(const Conv& c, int64_t first, in
   }
 }
 
+// Adds up what splits have left of kValues values at a time. Threads share out the splits, of which
+// there may be hundreds; their sums are added in order.
+template <class A>
+struct SplitSums {
+  static constexpr int kValues = 32, kShares = 8, kThreads = kValues * kShares;
+  A shares[kShares][kValues];
+
+  // Calls write(value, sum) for each value below `count`; at(split, value) is what a split has
+  // left.
+  template <class At, class Write>
+  __device__ __forceinline__ void add(int64_t count, int splits, const At& at, const Write& write) {
+    const int lane = threadIdx.x % kValues, share = threadIdx.x / kValues;
+    for (int64_t first = int64_t{blockIdx.x} * kValues; first < count;
+         first += int64_t{gridDim.x} * kValues) {
+      const int64_t value = first + lane;
+      A sum{};
+      if (value < count)
+        for (int split = share; split < splits; split += kShares) sum += at(split, value);
+      shares[share][lane] = sum;
+      __syncthreads();
+      if (share == 0 && value < count) {
+        for (int other = 1; other < kShares; ++other) sum += shares[other][lane];
+        write(value, sum);
+      }
+      __syncthreads();
+    }
+  }
+
+  static unsigned blocks(int64_t count) {
+    return static_cast<unsigned>(std::min<int64_t>(ceil_div(count, kValues), 1 << 13));
+  }
+};
+
 }  // namespace fused_resnet::cuda
