@@ -127,7 +127,7 @@ class FrozenConv(nn.Module):
         first, *others = self.candidates(x, act, residual)
         times: dict[str, list[float]] = {name: [] for name in (first, *others)}
         self.failed = {}
-        clock = measure.clock(x.device.type)
+        clock = measure.clock_in_sequence(x.device.type)
         for turn in range(TUNE_ROUNDS + 1):
             for self.engine in list(times):
                 try:

@@ -293,6 +293,23 @@ def test_clock_of_a_gpu(cold, flushed, monkeypatch):
     assert flushes == [2000] * flushed
 
 
+@pytest.mark.parametrize(("host", "device", "longer"), [(0.0, 2.0, 2.0), (0.02, 0.001, 0.02)])
+def test_clock_in_sequence(host, device, longer, monkeypatch):
+    """A call costs what it keeps busy longest; there is no GPU in this test."""
+
+    def call():
+        time.sleep(host)
+        FakeEvent.now += device
+
+    held = []
+    monkeypatch.setattr(torch.cuda, "_sleep", held.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    took = measure.clock_in_sequence("cuda")(call, 2)
+    assert longer <= took < longer + 0.1
+    assert len(held) == 2
+
+
 def test_a_variant_on_each_engine():
     asked = []
     v = Variant("fused", OURS, lambda: Runner(lambda x: asked.append(engines.wish()) or x))

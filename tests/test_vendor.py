@@ -174,7 +174,7 @@ def test_what_is_clearly_faster_is_taken(seconds, taken, monkeypatch):
     made = layer()
     monkeypatch.setattr(FrozenConv, "candidates", lambda self, *args: list(seconds))
     monkeypatch.setattr(
-        "fused_resnet.measure.clock",
+        "fused_resnet.measure.clock_in_sequence",
         lambda device: lambda call, repeats: (call(), seconds[made.engine])[1],
     )
     made.tune(torch.randn(1, 8, 5, 5), "relu")
