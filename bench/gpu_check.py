@@ -312,8 +312,8 @@ ON_CPU = (
     Plan("training", ON_CPU_LIMIT, ("train/resnet18/*",), 2, 0, 1),
 )
 #: What is measured beside eager; on the CPU nothing that compiles.
-OURS = ("fused", "fused on *", "frozen*", "vendor", "native", "triton")
-PEERS = ("torch.compile*",)
+OURS = ("fused", "fused, CUDA graph", "fused on *", "frozen*", "vendor", "native", "triton")
+PEERS = ("torch.compile*", "eager NHWC, CUDA graph")
 
 
 def benchmarks(check: Check) -> Iterator[Step]:

@@ -1,11 +1,13 @@
-"""A variant on a GPU without the time it takes to launch its kernels one by one."""
+"""A variant on a GPU without the time it takes to launch its kernels one by one: inference, or a
+training step, whose gradients lie where the capture put them."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_resnet.measure import Runner, Variant
+from fused_resnet.measure import EAGER, PEER, Runner, Variant
 
 #: Calls before the capture: by then everything is compiled, tuned and allocated.
 WARM_UP = 3
@@ -27,7 +29,7 @@ def replayed(v: Variant, example: Tensor) -> Variant:
         with torch.cuda.graph(graph):
             output = runner.run(static)
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Any:
             static.copy_(x)
             graph.replay()
             return output
@@ -35,4 +37,5 @@ def replayed(v: Variant, example: Tensor) -> Variant:
         # The next replay writes where this one did.
         return Runner(run, runner.feed, lambda y: runner.read(y).clone())
 
-    return replace(v, name=f"{v.name}, CUDA graph", prepare=prepare)
+    kind = PEER if v.kind == EAGER else v.kind  # eager torch is what everyone has without it
+    return replace(v, name=f"{v.name}, CUDA graph", kind=kind, prepare=prepare)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import graph
 from bench.cases import (
     DTYPES,
     Case,
@@ -115,6 +116,8 @@ def _work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> 
     several = [variant(title, kind) for title, kind in variant_names(device).items()]
     if device == "cuda":
         fused = next(v for v in several if v.name == "fused")
+        graphed = [v for v in several if v.name in ("fused", "eager NHWC")]
+        several += [graph.replayed(v, x) for v in graphed]
         several += on_each_engine(fused, device, dtype, engines.OPS)
     # Backward computes as much for the input and for the weight of each convolution.
     flops = 3 * network_flops(name, batch, size)
