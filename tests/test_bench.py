@@ -293,6 +293,15 @@ def test_clock_of_a_gpu(cold, flushed, monkeypatch):
     assert flushes == [2000] * flushed
 
 
+def test_the_larger_error_of_eager_sets_what_is_allowed():
+    x, truth = torch.ones(1, 2), torch.ones(1, 2).double()
+    several = [variant("exact", EAGER), variant("other layout", EAGER, 1.1)]
+    several += [variant("ours", OURS, 1.1), variant("worse", OURS, 1.25)]
+    results = {r.variant: r for r in measure.measure(several, [x], truth, ONCE)}
+    assert results["ours"].within
+    assert not results["worse"].within
+
+
 @pytest.mark.parametrize(("host", "device", "longer"), [(0.0, 2.0, 2.0), (0.02, 0.001, 0.02)])
 def test_clock_in_sequence(host, device, longer, monkeypatch):
     """A call costs what it keeps busy longest; there is no GPU in this test."""
