@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import engines, measure, vendor
+from . import engines, measure, reference, vendor
 from .modules import geometry_of, pair_scale_shift
 from .native import below_autograd
 from .reference import accumulation_dtype
@@ -48,8 +49,10 @@ class FrozenConv(nn.Module):
     """A convolution and its BatchNorm with constant weights: ``act(conv(x) * scale + shift + r)``.
 
     In float32 and float64 the scale is folded into the weight; in half types, where rounding folded
-    weights costs accuracy and the epilogue's multiplication costs nothing, it stays beside it. The
-    packed weight is derived: it is rebuilt after copying, loading and moving, and never saved.
+    weights costs accuracy and the epilogue's multiplication costs nothing, it stays beside it. Only
+    cuDNN's fused kernel, which has no scale, is given a folded weight of a half type, on layers
+    whose error keeps to the rule with it. What is packed or folded for an engine is derived: it is
+    made again after copying, loading and moving, and never saved.
     """
 
     weight: Tensor
@@ -70,6 +73,7 @@ class FrozenConv(nn.Module):
         self.engine = engines.choose("conv_bn_act", weight.device.type, dtype)
         self.failed: dict[str, str] = {}
         self._packed: Tensor | None = None
+        self._folded: tuple[Tensor, Tensor] | None = None
 
     @property
     def folded(self) -> bool:
@@ -81,9 +85,10 @@ class FrozenConv(nn.Module):
         args: Any = (x, own["weight"], own["scale"], own["shift"], residual, *self.geometry, act)
         compiling = torch.compiler.is_compiling()
         if self.engine != "native" and (x.is_cuda or not compiling):
-            if self.engine == CUDNN:
-                return vendor.conv_bn_act_cudnn(*args)
-            return _unrecorded(engines.implementation("conv_bn_act", self.engine), *args)
+            if self.engine == CUDNN and (given := self._for_cudnn(x, act, residual)) is not None:
+                return _unrecorded(vendor.conv_bn_act_cudnn, *given)
+            engine = "vendor" if self.engine == CUDNN else self.engine
+            return _unrecorded(engines.implementation("conv_bn_act", engine), *args)
         # Compiled and exported programs carry plain weights only.
         if compiling:
             return torch.ops.fused_resnet.conv_bn_act(*args)
@@ -104,20 +109,50 @@ class FrozenConv(nn.Module):
         ]
         return [first, *others, *([CUDNN] if self._cudnn_serves(x, act, residual) else [])]
 
-    def _cudnn_serves(self, x: Tensor, act: str, residual: Tensor | None) -> bool:
-        """Whether cuDNN's fused kernel takes this layer and, asked here, keeps NaN."""
-        given = (x, self.weight, self.scale, self.shift, residual, *self.geometry[:3], act)
+    def _for_cudnn(self, x: Tensor, act: str, residual: Tensor | None) -> tuple[Any, ...] | None:
+        """What cuDNN's fused kernel is called with for this layer, or None where it must not be."""
+        if self._folded is None:
+            weight, shift = self.weight, self.shift
+            if self.scale is not None:
+                weight = (weight.to(self.scale.dtype) * self.scale.view(-1, 1, 1, 1)).to(x.dtype)
+            self._folded = weight, shift.to(weight.dtype)
+        weight, shift = self._folded
+        given = (x, weight, None, shift, residual, *self.geometry[:3], act)
         if vendor.cudnn_why_not(*given, vendor.must_be_deterministic()) is not None:
+            return None
+        return x, weight, shift, residual, *self.geometry
+
+    def _cudnn_serves(self, x: Tensor, act: str, residual: Tensor | None) -> bool:
+        """Whether cuDNN's fused kernel takes this layer and, tried here, keeps NaN and the rule.
+
+        The rule for errors, with the convolution, BatchNorm and addition of eager torch beside it,
+        on the first image.
+        """
+        x = x[:1].clone(memory_format=torch.preserve_format)
+        residual = None if residual is None else residual[:1]
+        given = self._for_cudnn(x, act, residual)
+        if given is None:
             return False
-        spoilt = x.clone()
-        spoilt[0, 0] = torch.nan
-        args: Any = (spoilt, *given[1:-1], self.geometry[3], act)
+        args: Any = (x, self.weight, self.scale, self.shift, residual, *self.geometry, act)
         try:
-            fused = vendor.conv_bn_act_cudnn(*args)
+            fused = vendor.conv_bn_act_cudnn(*given)
+            exact: Any = [t.double() if isinstance(t, Tensor) else t for t in args]
+            truth, eager = reference.conv_bn_act(*exact), self._in_steps(x, act, residual)
+            errors = (measure.error_of(y, truth) for y in (fused, eager))
+            x[0, 0] = torch.nan
+            fused, plain = vendor.conv_bn_act_cudnn(*given), vendor.conv_bn_act(*args)
         except RuntimeError:  # cuDNN has no kernel for it
             return False
-        plain = vendor.conv_bn_act(*args)
-        return torch.equal(fused.isnan(), plain.isnan())
+        return measure.within(*errors) and torch.equal(fused.isnan(), plain.isnan())
+
+    def _in_steps(self, x: Tensor, act: str, residual: Tensor | None) -> Tensor:
+        """As eager torch computes, which rounds after each step."""
+        y = F.conv2d(x, self.weight, None, *self.geometry)
+        scale = torch.ones_like(self.shift) if self.scale is None else self.scale
+        scale, shift = (v.view(1, -1, 1, 1) for v in (scale, self.shift))
+        y = (y.to(scale.dtype) * scale + shift).to(x.dtype)
+        y = y if residual is None else y + residual
+        return F.relu(y) if act == "relu" else y
 
     def tune(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> None:
         """Move this layer to another engine if that is clearly faster on ``x``.
@@ -145,8 +180,8 @@ class FrozenConv(nn.Module):
         self.engine = best if clear else first
 
     def forget(self) -> None:
-        """Drop the packed weight; the next call packs again."""
-        self._packed = None
+        """Drop what is derived from the weight; the next call makes it again."""
+        self._packed = self._folded = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.forget()
@@ -157,7 +192,7 @@ class FrozenConv(nn.Module):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": None, "_folded": None}
 
     def extra_repr(self) -> str:
         out_channels, in_channels, *kernel = self.weight.shape

@@ -119,23 +119,19 @@ def cudnn_why_not(
 def conv_bn_act_cudnn(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    act: str,
 ) -> Tensor:
-    """:func:`conv_bn_act` in one kernel of cuDNN where that computes the same, else in two.
+    """``relu(conv2d(x, weight) + shift[c] + residual)`` in one kernel of cuDNN.
 
-    NaN may come out of that kernel as 0: its ReLU promises nothing. Whoever calls this has asked.
+    Only where :func:`cudnn_why_not` has no objection. NaN may come out as 0: cuDNN's ReLU promises
+    nothing, and whoever calls this has asked.
     """
     window = (list(stride), list(padding), list(dilation))
-    given = (x, weight, scale, shift, residual, *window)
-    if cudnn_why_not(*given, act, must_be_deterministic()) is not None:
-        return conv_bn_act(*given, groups, act)
     if residual is None:
         return torch.ops.aten.cudnn_convolution_relu(x, weight, shift, *window, groups)
     return torch.ops.aten.cudnn_convolution_add_relu(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fused_resnet import engines, vendor
 from fused_resnet.frozen_conv import CUDNN, FrozenConv
+from fused_resnet.reference import accumulation_dtype
 
 WINDOW = ([1, 1], [1, 1], [1, 1])
 
@@ -77,18 +78,11 @@ def test_determinism_is_torchs_wish(monkeypatch):
     assert vendor.must_be_deterministic()
 
 
-@pytest.mark.parametrize("act", ["none", "relu"])
-def test_without_cudnn_it_is_the_vendors_two_passes(act):
-    x, weight = torch.randn(2, 3, 6, 6), torch.randn(5, 3, 3, 3)
-    args = (x, weight, None, torch.randn(5), torch.randn(2, 5, 6, 6), *WINDOW, 1, act)
-    assert_identical(vendor.conv_bn_act_cudnn(*args), vendor.conv_bn_act(*args))
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.gpu
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_values(kernel, residual, device):
-    """On a GPU of cuDNN's fused kernels; NaN, which they may lose, is the tuner's question."""
+def test_values(kernel, residual):
+    """Of cuDNN's fused kernels; NaN, which they may lose, is the tuner's question."""
     torch.use_deterministic_algorithms(False)
     window = ([1, 1], [kernel // 2] * 2, [1, 1])
     sides = []
@@ -96,12 +90,10 @@ def test_values(kernel, residual, device):
         source = Source(seed, torch.float32)
         weight = source.normal(24, 16, kernel, kernel) / (16 * kernel**2) ** 0.5
         x, shift = source.normal(2, 16, 9, 7), source.normal(24)
-        tensors = [channels_last(t).to(device) for t in (x, weight, source.normal(2, 24, 9, 7))]
+        tensors = [channels_last(t).to("cuda") for t in (x, weight, source.normal(2, 24, 9, 7))]
         x, weight, r = tensors
-        shift = shift.to(device)
-        ours = vendor.conv_bn_act_cudnn(
-            x, weight, None, shift, r if residual else None, *window, 1, "relu"
-        )
+        shift = shift.to("cuda")
+        ours = vendor.conv_bn_act_cudnn(x, weight, shift, r if residual else None, *window, 1)
 
         def eager(x, weight, shift, r):
             y = F.conv2d(x, weight, shift, *window)
@@ -148,10 +140,11 @@ def test_untuned_on_a_gpu(all_on_cuda):
 # A frozen layer's engine.
 
 
-def layer():
+def layer(dtype=torch.float32):
     conv, bn = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8).eval()
     with torch.no_grad():
-        return FrozenConv(conv, bn, torch.float32)
+        bn.running_var.uniform_(0.5, 2)
+        return FrozenConv(conv, bn, dtype)
 
 
 def test_untuned_layer():
@@ -181,18 +174,41 @@ def test_what_is_clearly_faster_is_taken(seconds, taken, monkeypatch):
     assert made.engine == taken
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_cudnn_is_asked_whether_it_keeps_nan(keeps, monkeypatch):
-    """Its kernels are called here by a stand-in, which may turn NaN into 0."""
+def stand_in(x, weight, shift, residual, stride, padding, dilation, groups):
+    """For cuDNN's fused kernel: it has no scale, and rounds once."""
+    wide = accumulation_dtype(x.dtype)
+    y = F.conv2d(x.to(wide), weight.to(wide), shift.to(wide), stride, padding, dilation, groups)
+    y = y if residual is None else y + residual.to(wide)
+    return torch.relu(y).to(x.dtype)
 
-    def fused(x, weight, scale, shift, residual, stride, padding, dilation, groups, act):
-        y = vendor.conv_bn_act(
-            x, weight, scale, shift, residual, stride, padding, dilation, groups, act
-        )
-        return y if keeps else y.nan_to_num()
 
-    made = layer()
+@pytest.mark.parametrize(
+    ("spoil", "offered"),
+    [
+        (lambda y: y, True),
+        (torch.nan_to_num, False),  # it loses NaN
+        (lambda y: y * (1 + 2**-5), False),  # its error is outside the rule
+    ],
+)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cudnn_is_tried_on_the_layer(dtype, residual, spoil, offered, monkeypatch):
+    """There is no cuDNN in this test."""
     monkeypatch.setattr(vendor, "cudnn_why_not", lambda *args: None)
-    monkeypatch.setattr(vendor, "conv_bn_act_cudnn", fused)
-    offered = made.candidates(torch.randn(1, 8, 5, 5), "relu", None)
-    assert (CUDNN in offered) == keeps
+    monkeypatch.setattr(vendor, "conv_bn_act_cudnn", lambda *args: spoil(stand_in(*args)))
+    made, x = layer(dtype), torch.randn(2, 8, 5, 5, dtype=dtype)
+    r = torch.randn(2, 8, 5, 5, dtype=dtype) if residual else None
+    assert made.folded == (dtype == torch.float32)
+    assert (CUDNN in made.candidates(x, "relu", r)) == offered
+    assert x.isfinite().all()
+    made.engine = CUDNN
+    assert_identical(made(x, "relu", r), spoil(stand_in(*made._for_cudnn(x, "relu", r))))
+
+
+def test_what_cudnn_does_not_take_is_the_vendors():
+    """A layer tuned for cuDNN meets what it was not tuned on."""
+    made, x = layer(torch.bfloat16), torch.randn(2, 8, 5, 5, dtype=torch.bfloat16)
+    made.engine = "vendor"
+    expected = made(x, "none")
+    made.engine = CUDNN
+    assert_identical(made(x, "none"), expected)
