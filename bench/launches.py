@@ -106,11 +106,12 @@ def launches_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     storages = {t.untyped_storage()._cdata for t in given}
     made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
     fresh = [t for t in made if t.untyped_storage()._cdata not in storages]
-    written = [
+    changed = [
         value
         for argument, value in zip(func._schema.arguments, args, strict=False)
-        if argument.is_write and value is not None
+        if argument.is_write
     ]
+    written = [t for t in tree_leaves(changed) if isinstance(t, Tensor)]
     if not fresh and not written:
         return []  # a view, or nothing to do
     reads = [] if name in _FILLS else given
