@@ -93,6 +93,12 @@ LIBRARIES = {
     "vendor": Library("fused_resnet", _NATIVE),
     "triton": Library("fused_resnet_triton", {}),
 }
+#: Device types with whole_chain's ops.
+_RUN_WHOLE = [
+    device
+    for device in _NATIVE
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet::chain_forward", device.upper())
+]
 
 
 class EngineError(RuntimeError):
@@ -219,6 +225,20 @@ def choose(
 def fuses(engine: str, device: str, dtype: torch.dtype) -> bool:
     """Whether a chain of convolutions is trained by CHAIN_OPS on the wish ``engine``. Pure."""
     return engine != "auto" and all(why_not(engine, op, device, dtype) is None for op in CHAIN_OPS)
+
+
+def runs_whole(engine: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether a chain may be trained by one op each way on the wish ``engine``. Pure.
+
+    That op has torch's convolutions, our C++ kernels around them, and no choice.
+    """
+    kinds = {dtype, reference.accumulation_dtype(dtype)}
+    return (
+        device in _RUN_WHOLE
+        and dtype in DTYPES
+        and engine in ("auto", "vendor")
+        and all(choose(op, device, k, engine) == "vendor" for op in _CONVOLUTIONS for k in kinds)
+    )
 
 
 def suits(op: str, channels_last: bool, weight: Sequence[int] = (), groups: int = 1) -> bool:

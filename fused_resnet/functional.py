@@ -356,7 +356,7 @@ def conv_bn_act(
     steps, pads = _pair(name, "stride", stride, 1), _pair(name, "padding", padding, 0)
     gaps = _pair(name, "dilation", dilation, 1)
     if residual is not None:
-        shape = conv_shape(x, weight, steps, pads, gaps)
+        shape = conv_shape(x.shape, weight.shape, steps, pads, gaps)
         if residual.dtype != x.dtype or residual.shape != shape:
             if min(shape) > 0:
                 checks.residual(name, residual, x, shape)

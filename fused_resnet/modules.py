@@ -54,7 +54,7 @@ def conv_bn_chain(
     if residual is None:
         return chain([(conv, bn)], x, act=act)
     x = _as_autocast(x)
-    shape = conv_shape(x, conv.weight, *geometry_of(conv)[:3])
+    shape = conv_shape(x.shape, conv.weight.shape, *geometry_of(conv)[:3])
     if residual.dtype == x.dtype and residual.shape == shape:
         return chain([(conv, bn)], x, residual, act=act)
     return functional.add_act(chain([(conv, bn)], x, act="none"), residual, act)

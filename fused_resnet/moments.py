@@ -82,7 +82,7 @@ def by_transpose(a: Tensor, b: Tensor, engine: str, added: Tensor | None = None)
     a convolution of float32 may be one of TF32, which statistics do not bear.
     """
     if a.is_cuda:
-        return a @ b.T if added is None else torch.addmm(added, a, b.T)
+        return a @ b.T if added is None else (a @ b.T).add_(added)
     image, residual = (None if t is None else _as_image(t) for t in (a, added))
     weight = b[:, :, None, None]
     y = run("conv_bn_act", engine, image, weight, None, None, residual, *AS_PRODUCT)

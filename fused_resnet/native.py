@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from . import native_chain, native_training, reference
+from . import native_chain, native_training, reference, whole_chain
 
 NAMESPACES = ("fused_resnet", "fused_resnet_triton")
 
@@ -154,6 +154,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "conv_bn_act": _fake_conv_bn_act,
     **native_training.FAKES,
     **native_chain.FAKES,
+    **whole_chain.FAKES,
 }
 
 
@@ -169,9 +170,9 @@ def _refuse_autograd(library: torch.library.Library, namespace: str, name: str) 
                 f"{namespace}::{name}: an input requires grad and a raw op has no backward; call "
                 "it through fused_resnet.functional, or under torch.no_grad()"
             )
-        for i in written:
-            if args[i] is not None and not args[i].is_inference():
-                torch.autograd.graph.increment_version(args[i])
+        for t in tree_iter([args[i] for i in written]):
+            if t is not None and not t.is_inference():
+                torch.autograd.graph.increment_version(t)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)

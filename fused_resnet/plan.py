@@ -1,7 +1,9 @@
 """What a chain of convolutions and BatchNorms is to :mod:`fused_resnet.training`."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -90,14 +92,18 @@ class Kept(NamedTuple):
     moments: Tensor | None = None  #: see moments.Gram
 
 
+#: Of a step: of its weight, bias, gamma and beta.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 def is_pointwise(step: Step, weight: Tensor) -> bool:
     """Whether a step's convolution is a matrix product over channels."""
     return weight.shape[2:] == (1, 1) and step.groups == 1 and not any(step.padding)
 
 
-def positions(z: Tensor, step: Step) -> int:
-    """How many positions of its input a 1x1 convolution reads."""
-    return z.size(0) * -(-z.size(2) // step.stride[0]) * -(-z.size(3) // step.stride[1])
+def positions(shape: Sequence[int], step: Step) -> int:
+    """How many positions of its input, of that shape, a 1x1 convolution reads."""
+    return shape[0] * -(-shape[2] // step.stride[0]) * -(-shape[3] // step.stride[1])
 
 
 def cast_weight(p: Params, z: Tensor) -> Tensor | None:
@@ -105,14 +111,17 @@ def cast_weight(p: Params, z: Tensor) -> Tensor | None:
     return None if p.weight.dtype == z.dtype else p.weight.to(z.dtype)
 
 
-def keeps_output(step: Step, p: Params, z: Tensor, for_memory: bool) -> bool:
-    """Whether a step that ends a chain makes and keeps its raw output."""
+def keeps_output(
+    plan: Plan, step: Step, p: Params, shape: Sequence[int], dtype: torch.dtype
+) -> bool:
+    """Whether a step that ends a chain makes and keeps its raw output; of its input's shape."""
     if p.bias is not None:
         return True
     if not step.batch:
         return False
-    least = GRAM_ROWS_FOR_MEMORY if for_memory and z.element_size() >= 4 else GRAM_ROWS
-    return not is_pointwise(step, p.weight) or positions(z, step) < least * z.size(1)
+    for_memory = plan.memory != "fast" and step is not plan.shortcut
+    least = GRAM_ROWS_FOR_MEMORY if for_memory and dtype.itemsize >= 4 else GRAM_ROWS
+    return not is_pointwise(step, p.weight) or positions(shape, step) < least * shape[1]
 
 
 def convolve(z: Tensor, p: Params, step: Step, weight: Tensor) -> Tensor:

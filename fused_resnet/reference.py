@@ -46,19 +46,18 @@ def empty_image(x: Tensor, shape: Sequence[int], *layout_of: Tensor) -> Tensor:
 
 
 def conv_shape(
-    x: Tensor,
-    weight: Tensor,
+    x: Sequence[int],
+    weight: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, ...]:
-    """The shape of a convolution's output."""
+    """The shape of a convolution's output; ``x`` and ``weight``: the shapes of what it reads."""
     size = [
-        (x.size(i + 2) + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) // stride[i]
-        + 1
+        (x[i + 2] + 2 * padding[i] - dilation[i] * (weight[i + 2] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
     ]
-    return (x.size(0), weight.size(0), *size)
+    return (x[0], weight[0], *size)
 
 
 def _in_format_of(y: Tensor, *tensors: Tensor) -> Tensor:

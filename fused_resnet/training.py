@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engines, moments
+from . import engines, moments, whole_chain
 from .moments import Moments, count_of, run
 from .plan import Kept, Params, Plan, Source, Step, cast_weight, convolve, keeps_output, positions
 from .reference import accumulation_dtype, suggests_channels_last
@@ -36,12 +36,14 @@ Values = tuple[Tensor, Tensor, Tensor, Tensor]
 @contextlib.contextmanager
 def _plainly(x: Tensor) -> Iterator[None]:
     """No autocast, which would cast inside; and, outside a trace, no autograd to ask at each op."""
-    with contextlib.ExitStack() as stack:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        if not torch.compiler.is_compiling():
-            stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+    device = x.device.type
+    below: Any = contextlib.nullcontext()
+    if not torch.compiler.is_compiling():
+        below = torch._C._AutoDispatchBelowAutograd()
+    cast: Any = contextlib.nullcontext()
+    if torch.is_autocast_enabled(device):
+        cast = torch.autocast(device, enabled=False)
+    with cast, below:
         yield
 
 
@@ -107,8 +109,7 @@ def _end(
     ``source``: the step before it, whose raw output and BatchNorm that came from; None: from x.
     """
     z = given.x
-    for_memory = plan.memory != "fast" and step is not plan.shortcut
-    if keeps_output(step, p, z, for_memory):
+    if keeps_output(plan, step, p, z.shape, z.dtype):
         return _middle(plan, step, p, given)
     cast = cast_weight(p, z)
     weight = p.weight if cast is None else cast
@@ -117,7 +118,7 @@ def _end(
     center = _centre(None if source is None else source[0], z, plan.engine)
     raw = (z, None, None) if source is None else (source[1].y, *source[1][1:3])
     act = "none" if source is None else "relu"
-    count = positions(z, step)
+    count = positions(z.shape, step)
     gram = moments.gram_of(raw, center, act, step.stride[0], count, plan.engine)
     own, about = moments.of_product(weight, gram, plan.engine)
     values, whole = _finalize(plan, step, p, own, z, about)
@@ -172,6 +173,24 @@ def _fuses(plan: Plan, x: Tensor, params: list[Params]) -> bool:
     )
 
 
+def _runs_whole(plan: Plan, x: Tensor, residual: Tensor | None, params: list[Params]) -> bool:
+    """Whether the chain may be run by one op each way. Pure but for what watches torch's ops.
+
+    A compiler and a dispatch mode, such as one that counts operations, see every single one.
+    """
+    return (
+        engines.runs_whole(plan.engine, x.device.type, x.dtype)
+        and plan.pool is None
+        and plan.group is None
+        and plan.memory != "lean"
+        and (plan.act == "relu" or residual is None)  # whose gradient would be the one given
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and suggests_channels_last(x)
+        and all(p.bias is None for p in params)
+    )
+
+
 class Chain(torch.autograd.Function):
     """``out = Chain.apply(plan, x, residual, *tensors)``: six tensors a step, the shortcut last."""
 
@@ -181,42 +200,16 @@ class Chain(torch.autograd.Function):
     ) -> Tensor:
         params = _params(tensors)
         plan = plan._replace(fused=_fuses(plan, x, params))
+        packed, argmax = None, None
+        if _runs_whole(plan, x, residual, params):
+            packed = whole_chain.pack(plan, x, params)
         with _plainly(x):
-            given = Source(x)
-            kept: list[Kept] = []
-            counts: list[float] = []
-            for i, (step, p) in enumerate(zip(plan.steps, params, strict=False)):
-                if i:
-                    k = kept[-1]
-                    given = Source(k.y, k.scale, k.shift, "relu")  # type: ignore[arg-type]
-                    if not plan.fused:
-                        given = Source(run("bn_act", plan.engine, *given[:3], None, "relu"))
-                if i + 1 < len(plan.steps) or plan.pool is not None:
-                    k, count = _middle(plan, step, p, given)
-                else:
-                    source = (params[i - 1], kept[-1]) if i else None
-                    k, count = _end(plan, step, p, given, source)
-                kept.append(k)
-                counts.append(count)
-            if plan.shortcut is not None:
-                p = params[-1]
-                k, count = _end(plan, plan.shortcut, p, Source(x), None)
-                residual = _normalised(plan, plan.shortcut, p, k, Source(x), None, "none")
-                kept.append(k)
-                counts.append(count)
-            elif plan.identity:
-                residual = x
-            n = len(plan.steps) - 1
-            k, argmax = kept[n], None
-            if plan.pool is None:
-                out = _normalised(plan, plan.steps[n], params[n], k, given, residual, plan.act)
+            if packed is not None:
+                out, flat = whole_chain.forward(plan, packed, x, residual, params)
             else:
-                raw = (k.y, k.scale, k.shift, *plan.pool, plan.act)
-                out, argmax = run("bn_act_maxpool_train", plan.engine, *raw)
-        ctx.plan, ctx.counts = plan, counts
-        if plan.memory == "lean" and n > 0:
-            kept[0] = kept[0]._replace(y=None)
-        flat = [t for k in kept for t in k]
+                out, argmax, kept, ctx.counts = _op_by_op(plan, x, residual, params)
+                flat = [t for k in kept for t in k]
+        ctx.plan, ctx.packed = plan, packed
         ctx.save_for_backward(x, out, argmax, *tensors, *flat)
         return out
 
@@ -230,19 +223,70 @@ class Chain(torch.autograd.Function):
             return (None, *composite_backward(plan, x, out, params, grad, need[1:]))
         width = len(Kept._fields)
         kept = [Kept(*rest[i : i + width]) for i in range(size, len(rest), width)]
-        kind = FusedBackward if plan.fused else Backward
-        backward = kind(plan, params, kept, ctx.counts, need[1], _params(need[3:]))
+        wanted = _params(need[3:])
         with _plainly(x):
-            if plan.memory == "lean" and len(plan.steps) > 1:
-                weight = params[0].weight.to(x.dtype)
-                kept[0] = kept[0]._replace(y=convolve(x, params[0], plan.steps[0], weight))
-            dx, dresidual, gradients = backward.walk(x, out, argmax, grad, need[2])
+            if ctx.packed is not None:
+                given = (x, out, params, kept, grad, need[1:3], wanted)
+                dx, dresidual, gradients = whole_chain.backward(plan, ctx.packed, *given)
+            else:
+                kind = FusedBackward if plan.fused else Backward
+                kept = _complete(plan, x, params, kept)
+                walked = kind(plan, params, kept, ctx.counts, need[1], wanted)
+                dx, dresidual, gradients = walked.walk(x, out, argmax, grad, need[2])
         result: list[Any] = []
-        for p, wanted, d in zip(params, backward.wanted, gradients, strict=True):
-            for t, asked, value in zip(p[:4], wanted[:4], d, strict=True):
-                result.append(value.to(t.dtype) if asked and value is not None else None)  # type: ignore
+        for p, asked, d in zip(params, wanted, gradients, strict=True):
+            for t, a, value in zip(p[:4], asked[:4], d, strict=True):
+                result.append(value.to(t.dtype) if a and value is not None else None)  # type: ignore
             result += [None, None]
         return (None, dx, dresidual, *result)
+
+
+def _op_by_op(
+    plan: Plan, x: Tensor, residual: Tensor | None, params: list[Params]
+) -> tuple[Tensor, Tensor | None, list[Kept], list[float]]:
+    """The chain's output, a pooling's argmax, what is kept, and values per channel of each step."""
+    given = Source(x)
+    kept: list[Kept] = []
+    counts: list[float] = []
+    for i, (step, p) in enumerate(zip(plan.steps, params, strict=False)):
+        if i:
+            k = kept[-1]
+            given = Source(k.y, k.scale, k.shift, "relu")  # type: ignore[arg-type]
+            if not plan.fused:
+                given = Source(run("bn_act", plan.engine, *given[:3], None, "relu"))
+        if i + 1 < len(plan.steps) or plan.pool is not None:
+            k, count = _middle(plan, step, p, given)
+        else:
+            source = (params[i - 1], kept[-1]) if i else None
+            k, count = _end(plan, step, p, given, source)
+        kept.append(k)
+        counts.append(count)
+    if plan.shortcut is not None:
+        p = params[-1]
+        k, count = _end(plan, plan.shortcut, p, Source(x), None)
+        residual = _normalised(plan, plan.shortcut, p, k, Source(x), None, "none")
+        kept.append(k)
+        counts.append(count)
+    elif plan.identity:
+        residual = x
+    n = len(plan.steps) - 1
+    k, argmax = kept[n], None
+    if plan.pool is None:
+        out = _normalised(plan, plan.steps[n], params[n], k, given, residual, plan.act)
+    else:
+        raw = (k.y, k.scale, k.shift, *plan.pool, plan.act)
+        out, argmax = run("bn_act_maxpool_train", plan.engine, *raw)
+    if plan.memory == "lean" and n > 0:
+        kept[0] = kept[0]._replace(y=None)
+    return out, argmax, kept, counts
+
+
+def _complete(plan: Plan, x: Tensor, params: list[Params], kept: list[Kept]) -> list[Kept]:
+    """``kept`` with what was given up for memory computed again."""
+    if plan.memory != "lean" or len(plan.steps) == 1:
+        return kept
+    y = convolve(x, params[0], plan.steps[0], params[0].weight.to(x.dtype))
+    return [kept[0]._replace(y=y), *kept[1:]]
 
 
 def _params(flat: Sequence[Any]) -> list[Params]:

@@ -8,11 +8,9 @@ from torch import Tensor
 
 from . import engines, vendor
 from .moments import AS_PRODUCT, by_columns, by_transpose, count_of, run, sum_over
-from .plan import Kept, Params, Plan, Source, Step, convolve
+from .plan import Gradients, Kept, Params, Plan, Source, Step, convolve
 from .reference import memory_format, suggests_channels_last
 
-#: Of a step: of its weight, bias, gamma and beta.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _NOTHING: Gradients = (None, None, None, None)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from .moments import run, sum_over
-from .plan import Kept, Step
+from .plan import Gradients, Kept, Step
 from .reference import memory_format
-from .training_backward import _NOTHING, Backward, Gradients
+from .training_backward import _NOTHING, Backward
 
 #: sum g and sum g * (y - mean) * invstd of a step's output y: gradients of its beta and gamma.
 Sums = tuple[Tensor | None, Tensor | None]

@@ -110,7 +110,8 @@ def cudnn_why_not(
         return f"shift is {shift.dtype}, its bias {x.dtype}"
     if deterministic:
         return "torch does not hold it to deterministic algorithms"
-    sizes = (x.numel(), weight.numel(), math.prod(conv_shape(x, weight, stride, padding, dilation)))
+    y = conv_shape(x.shape, weight.shape, stride, padding, dilation)
+    sizes = (x.numel(), weight.numel(), math.prod(y))
     if min(sizes) == 0 or max(sizes) >= _CUDNN_NUMEL:
         return f"its tensors have 1 to {_CUDNN_NUMEL - 1} elements, got {max(sizes)}"
     return None

@@ -3,6 +3,7 @@
 
 #include "../kernels/cuda/workspace.h"
 #include "ops.h"
+#include "ops_chain_backward.h"
 #include "ops_training.h"
 #include "ops_training_conv.h"
 #include "ops_training_gram.h"
@@ -75,6 +76,8 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("bn_act_maxpool_backward_reduce",
                TORCH_BOX(&bn_act_maxpool_backward_reduce<Device>));
   library.impl("bn_act_maxpool_backward", TORCH_BOX(&bn_act_maxpool_backward<Device>));
+  library.impl("chain_forward", TORCH_BOX(&chain_forward<Device>));
+  library.impl("chain_backward", TORCH_BOX(&chain_backward<Device>));
 }
 
 }  // namespace fused_resnet::glue

@@ -1,5 +1,6 @@
 // The CPU engine's registration.
 #include "ops.h"
+#include "ops_chain_backward.h"
 #include "ops_training.h"
 #include "ops_training_conv.h"
 #include "ops_training_gram.h"
@@ -62,6 +63,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("bn_act_maxpool_backward_reduce", TORCH_BOX(&bn_act_maxpool_backward_reduce<Cpu>));
   library.impl("bn_act_maxpool_backward", TORCH_BOX(&bn_act_maxpool_backward<Cpu>));
   library.impl("eltwise_act_backward", TORCH_BOX(&eltwise_act_backward<Cpu>));
+  library.impl("chain_forward", TORCH_BOX(&chain_forward<Cpu>));
+  library.impl("chain_backward", TORCH_BOX(&chain_backward<Cpu>));
 }
 
 }  // namespace fused_resnet::glue

@@ -86,6 +86,16 @@ inline constexpr const char* kOps[] = {
     " int[] stride, int[] padding, int[] dilation, int groups, str act, Tensor? packed=None,"
     " bool tf32=False) -> Tensor",
 
+    // A whole chain on torch's convolutions, forward and backward; training.py is what they are to
+    // the bit. What is not kept, or not wanted, is None in the lists.
+    "chain_forward(Tensor x, Tensor? residual, Tensor?[] parameters, Tensor(a!)?[] running,"
+    " int[] steps, float[] eps, float[] momentum, bool identity, bool shortcut, str act)"
+    " -> Tensor?[]",
+
+    "chain_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, Tensor?[] kept,"
+    " int[] steps, int[] wanted, bool need_x, bool need_residual, bool identity, bool shortcut,"
+    " str act) -> Tensor?[]",
+
     // Those of chains, which the Triton engine has: each is the chain of ops that its name says.
     "bn_act_conv_stats(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor weight,"
     " int[] stride, int[] padding, int[] dilation, int groups)"
