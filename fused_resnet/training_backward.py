@@ -14,10 +14,6 @@ from .reference import memory_format, suggests_channels_last
 _NOTHING: Gradients = (None, None, None, None)
 
 
-def _channels(v: Tensor) -> Tensor:
-    return v.view(1, -1, 1, 1)
-
-
 class Backward(NamedTuple):
     """One backward of a chain."""
 
@@ -194,8 +190,11 @@ class Backward(NamedTuple):
         k, wanted, weight = self.kept[i], self.wanted[i], self.weight(i)
         centred = z
         if k.center is not None:
-            centre = _channels(k.center.to(z.dtype))
-            centred = z.sub_(centre) if own_z else z - centre
+            less = (torch.ones_like(k.center), -k.center, None, "none")
+            if own_z:
+                run("bn_act_", self.plan.engine, z, *less)
+            else:
+                centred = run("bn_act", self.plan.engine, z, *less)
         need_s = step.batch or wanted.weight or wanted.gamma
         s = self.wgrad(step, g, weight, centred, None, None, "none") if need_s else None
         gradients, scaled, rest = self._of_product(i, step, g, sum_g, s, need_z)

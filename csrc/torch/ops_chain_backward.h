@@ -166,7 +166,10 @@ struct ChainBackward {
   MaybeTensor linear(size_t i, const aten::Geometry& geometry, const Tensor& g, const Tensor& sum_g,
                      Tensor z, bool need_z, const MaybeTensor& added = {}) {
     const Kept& k = kept[i];
-    if (k.center) z = aten::sub(z, aten::spread(aten::to(*k.center, z.scalar_type()), 1));
+    if (k.center) {
+      const Tensor one = aten::filled(z.size(1), 1, k.center->scalar_type(), z);
+      z = bn_act<Device>(z, one, aten::unary("aten::neg", *k.center), {}, "none");
+    }
     MaybeTensor s;
     if (steps[i].batch || wanted[i].weight || wanted[i].gamma)
       s = wgrad(geometry, g, weights[i], z, z);
