@@ -236,7 +236,9 @@ class Chain(torch.autograd.Function):
         result: list[Any] = []
         for p, asked, d in zip(params, wanted, gradients, strict=True):
             for t, a, value in zip(p[:4], asked[:4], d, strict=True):
-                result.append(value.to(t.dtype) if a and value is not None else None)  # type: ignore
+                wrong = a and value is not None and value.dtype != t.dtype  # type: ignore[union-attr]
+                value = value.to(t.dtype) if wrong else value  # type: ignore[union-attr]
+                result.append(value if a else None)
             result += [None, None]
         return (None, dx, dresidual, *result)
 
