@@ -97,8 +97,10 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def is_pointwise(step: Step, weight: Tensor) -> bool:
-    """Whether a step's convolution is a matrix product over channels."""
-    return weight.shape[2:] == (1, 1) and step.groups == 1 and not any(step.padding)
+    """Whether a step's convolution is a matrix product over channels, of a grid of positions."""
+    down, across = step.stride
+    product = weight.shape[2:] == (1, 1) and step.groups == 1 and not any(step.padding)
+    return product and down == across
 
 
 def positions(shape: Sequence[int], step: Step) -> int:
