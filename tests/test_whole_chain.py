@@ -53,9 +53,10 @@ def results(block, x, autocast=None, need_x=True):
     block, found = copy.deepcopy(block), []
     for _ in range(2):
         x = x.detach().requires_grad_(need_x)
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        kinds = {"device_type": x.device.type, "dtype": autocast or torch.bfloat16}
+        with torch.autocast(**kinds, enabled=autocast is not None):
             out = block(x)
-        out.backward(gradient(out))
+        out.backward(gradient(out).to(out.device))
         found += [out.detach().clone(), *(t.grad for t in (x, *block.parameters()))]
         found += [b.clone() for b in block.buffers()]
     return [t for t in found if t is not None]
@@ -84,6 +85,16 @@ def test_is_op_by_op(name, memory, dtype):
 @pytest.mark.parametrize("memory", ["auto", "fast"])
 def test_under_autocast(name, memory, dtype):
     check(fused_resnet.fuse(build(name), memory=memory), inputs(0, batch=13), dtype)
+
+
+@pytest.mark.gpu
+@over_blocks
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_on_a_gpu(name, autocast, monkeypatch):
+    """Where it is what the engine that is chosen by itself does."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with fused_resnet.use_engine("auto"):
+        check(fused_resnet.fuse(build(name).cuda()), inputs(0, batch=13).cuda(), autocast)
 
 
 @over_blocks
