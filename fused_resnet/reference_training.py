@@ -63,13 +63,14 @@ def bn_finalize(
     """Scale, shift and invstd of batch statistics; updates the running ones unless count is 0."""
     wide = mean.double()
     # Divided by a tensor: by a number, 0 / 0 would raise.
-    invstd = (1 / torch.sqrt(m2.double() / m2.new_tensor(count).double() + eps)).to(mean.dtype)
+    values = torch.tensor(count, dtype=torch.float64, device=m2.device)
+    invstd = (1 / torch.sqrt(m2.double() / values + eps)).to(mean.dtype)
     scale = invstd if weight is None else weight.to(mean.dtype) * invstd
     shift = -wide * scale.double()
     if bias is not None:
         shift = shift + bias.double()
     if running_mean is not None and running_var is not None and count > 0:
-        unbiased = m2.double() / m2.new_tensor(count - 1).double()
+        unbiased = m2.double() / (values - 1)
         for running, value in ((running_mean, wide), (running_var, unbiased)):
             running.copy_((1 - momentum) * running.double() + momentum * value)
     return scale.clone(), shift.to(mean.dtype), invstd

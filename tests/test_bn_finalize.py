@@ -110,7 +110,9 @@ def test_parameters_of_any_dtype(dtype, backend):
 @pytest.mark.parametrize("layout", [sliced, misaligned, negative])
 def test_layouts(layout, backend):
     args = arguments(*inputs(0, 9, torch.float32))
-    for i in (0, 1, 3, 4, 5, 6):
+    # What is changed must be in memory as it is: torch hands no op a negated tensor to change.
+    changed = () if layout is negative else (5, 6)
+    for i in (0, 1, 3, 4, *changed):
         given, expected = backend.move(copied(args)), backend.move(copied(args))
         given = [layout(t) if i == j else t for j, t in enumerate(given)]
         implementation = engines.implementation("bn_finalize", backend.engine)
