@@ -7,8 +7,9 @@ WORKERS ?= 2
 RESULTS ?= bench/results
 DEVICE ?= cuda
 BUDGET ?= 480
-OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 setuptools==81.0.0
-NEWEST_ONLY := torch torchvision triton setuptools cuda- nvidia-
+# Triton 3.6 interprets loops by a conversion that numpy 2.4 does not do any more.
+OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 setuptools==81.0.0 numpy==2.3.5
+NEWEST_ONLY := torch torchvision triton setuptools numpy cuda- nvidia-
 
 CONSTRAINTS := .ci/constraints.txt
 SYSTEM_PYTHON := $(shell command -v python3.11 || command -v python3)
