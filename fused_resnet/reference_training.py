@@ -92,6 +92,14 @@ def bn_act_backward_reduce(
     return g.sum(_PIXELS), (g * centered).sum(_PIXELS) * invstd
 
 
+def _gradient_terms(
+    scale: Tensor, invstd: Tensor, sum_g: Tensor, sum_gx: Tensor, count: float
+) -> tuple[Tensor, Tensor]:
+    """Slope and offset of BatchNorm's gradient ``scale g + slope (x - mean) + offset``."""
+    share = -scale.double() / count
+    return share * invstd.double() * sum_gx.double(), share * sum_g.double()
+
+
 def _of_batch_norm(
     g: Tensor,
     x: Tensor | None,
@@ -108,10 +116,9 @@ def _of_batch_norm(
         return g * _per_channel(scale, g)
     if x is None or not count > 0 or any(v is None for v in vectors):
         raise RuntimeError("x, mean, invstd, sum_g, sum_gx and count must be given together")
-    mean, invstd, sum_g, sum_gx = (v.double() for v in vectors)  # type: ignore[union-attr]
-    share = -scale.double() / count
-    slope, offset = (v.to(g.dtype) for v in (share * invstd * sum_gx, share * sum_g))
-    centered = x.to(g.dtype) - _per_channel(mean.to(g.dtype), g)
+    terms = _gradient_terms(scale, invstd, sum_g, sum_gx, count)  # type: ignore[arg-type]
+    slope, offset = (v.to(g.dtype) for v in terms)
+    centered = x.to(g.dtype) - _per_channel(mean.to(g.dtype), g)  # type: ignore[union-attr]
     return g * _per_channel(scale, g) + centered * _per_channel(slope, g) + _per_channel(offset, g)
 
 
@@ -198,9 +205,8 @@ def gram_gradients(
     w = weight.double()
     if sum_gx is None:
         sum_gx = invstd.double() * ((w * s.double()).sum(1) - mean.double() * sum_g.double())
-    share = -scale.double() / count
-    b = share * invstd.double() * sum_gx.double()
-    c = share * sum_g.double() - b * mean.double()
+    b, offset = _gradient_terms(scale, invstd, sum_g, sum_gx, count)
+    c = offset - b * mean.double()
     slopes = torch.cat([b[:, None] * w, c[:, None]], 1)
     scaled = scale[:, None] * weight.to(scale.dtype)
     scaled_s = (scale[:, None] * s).contiguous()

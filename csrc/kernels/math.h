@@ -102,16 +102,4 @@ FR_INLINE GradientTerms<A> gradient_terms(double scale, double invstd, double su
   return {static_cast<A>(share * invstd * sum_gx), static_cast<A>(share * sum_g)};
 }
 
-// a, b and c of dy = a * g + b * y + c, the same gradient; see GramGradientsArgs.
-struct GradientCoefficients {
-  double a, b, c;
-};
-
-FR_INLINE GradientCoefficients gradient_coefficients(double scale, double mean, double invstd,
-                                                     double sum_g, double sum_gx, double count) {
-  const double share = -scale / count;
-  const double b = share * invstd * sum_gx;
-  return {scale, b, share * sum_g - b * mean};
-}
-
 }  // namespace fused_resnet::math

@@ -1,15 +1,13 @@
-#include "vec.h"
+#include "channels.h"
 
 FR_NAMESPACE_BEGIN
 
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;  // elements that are worth another thread
-
 template <class A>
 Status compute(const GramMomentsArgs& args, const Pool& pool) {
   const int64_t channels = args.channels;
-  parallel(pool, channels, kGrain / (channels + 1) + 1, [&](int64_t begin, int64_t end) {
+  parallel(pool, channels, kMapGrain / (channels + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const double* gram = args.gram + i * channels;
       const double mean = args.sum[i] / args.count;

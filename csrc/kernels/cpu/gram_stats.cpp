@@ -1,25 +1,24 @@
+#include "channels.h"
 #include "wide_sum.h"
 
 FR_NAMESPACE_BEGIN
 
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;  // elements that are worth another thread
-
 template <class T>
 Status compute(const GramStatsArgs& args, const Pool& pool) {
   using A = Acc<T>;
   const int64_t channels = args.channels;
-  parallel(pool, args.rows, kGrain / (channels + 1) + 1, [&](int64_t begin, int64_t end) {
+  parallel(pool, args.rows, kMapGrain / (channels + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const T* weight = static_cast<const T*>(args.weight) + k * channels;
       const A* product = static_cast<const A*>(args.product) + k * channels;
       const A* center = static_cast<const A*>(args.center);
       WideSum<A> squares, offset;
-      for_vectors<A>(channels, [&](int64_t c, int64_t n) FR_LAMBDA {
-        const Vec<A> w = load(weight + c, n);
-        squares.add(w * load(product + c, n));
-        offset.add(w * load(center + c, n));
+      for_vectors<A>(channels, [&](int64_t c, auto lanes) FR_LAMBDA {
+        const Vec<A> w = load(weight + c, lanes);
+        squares.add(w * load(product + c, lanes));
+        offset.add(w * load(center + c, lanes));
       });
       double about = 0;
       for (int64_t c = 0; c < channels; ++c) about += load_one(weight + c) * args.sum[c];

@@ -26,11 +26,4 @@ struct WideSum {
   }
 };
 
-// Calls f(first, n) for a row of `columns` numbers of type A, a vector of them at a time.
-template <class A, class F>
-FR_VEC void for_vectors(int64_t columns, const F& f) {
-  for (int64_t c = 0; c < columns; c += kLanes<A>)
-    f(c, columns - c < kLanes<A> ? columns - c : kLanes<A>);
-}
-
 FR_NAMESPACE_END

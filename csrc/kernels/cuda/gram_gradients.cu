@@ -9,7 +9,7 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) gram_gradients_kernel(const GramGradientsArgs args) {
   using A = Acc<T>;
-  FR_SHARED(math::GradientCoefficients, shared);
+  FR_SHARED(A, slope);
   const int64_t k = blockIdx.x;
   const T* const weight = static_cast<const T*>(args.weight) + k * args.channels;
   const A* const s = static_cast<const A*>(args.s) + k * args.channels;
@@ -23,11 +23,14 @@ __global__ void __launch_bounds__(kRowThreads) gram_gradients_kernel(const GramG
     const double mean = get(args.mean), invstd = get(args.invstd), sum_g = get(args.sum_g);
     const double sum_gx = args.sum_gx ? get(args.sum_gx) : invstd * (sums[0][0] - mean * sum_g);
     static_cast<A*>(args.dgamma)[k] = static_cast<A>(sum_gx);
-    shared = math::gradient_coefficients(get(args.scale), mean, invstd, sum_g, sum_gx, args.count);
-    static_cast<A*>(args.slopes)[(k + 1) * (args.channels + 1) - 1] = static_cast<A>(shared.c);
+    const auto terms =
+        math::gradient_terms<double>(get(args.scale), invstd, sum_g, sum_gx, args.count);
+    slope = static_cast<A>(terms.slope);
+    static_cast<A*>(args.slopes)[(k + 1) * (args.channels + 1) - 1] =
+        static_cast<A>(terms.offset - terms.slope * mean);
   }
   __syncthreads();
-  const A a = static_cast<A>(shared.a), b = static_cast<A>(shared.b);
+  const A a = static_cast<const A*>(args.scale)[k], b = slope;
   A* const scaled_s = static_cast<A*>(args.scaled_s) + k * args.channels;
   A* const slopes = static_cast<A*>(args.slopes) + k * (args.channels + 1);
   T* const scaled_weight = static_cast<T*>(args.scaled_weight) + k * args.channels;
