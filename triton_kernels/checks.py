@@ -81,14 +81,6 @@ def check_accumulation(op: str, argument: str, t: Tensor) -> None:
         fail(op, f"{argument} must be float32 or float64, got {name(t.dtype)}")
 
 
-def sums(op: str, gram: Tensor, total: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """What ``bn_act_gram`` makes of so many channels, dense."""
-    if gram.dtype != torch.float64:
-        fail(op, f"gram must be float64, got {name(gram.dtype)}")
-    check_sizes(op, "gram", gram, (channels, channels))
-    return gram.contiguous(), vector(op, "sum", total, channels, torch.float64, gram)
-
-
 def beside_weight(op: str, argument: str, t: Tensor, weight: Tensor) -> Tensor:
     """``t``, dense, of weight's sizes and in the type it is accumulated in."""
     dtype = accumulation_dtype(weight.dtype)

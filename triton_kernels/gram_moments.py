@@ -1,5 +1,6 @@
 """``gram_moments``: the covariance, and the moments as one matrix, in the accumulation type."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,13 +36,16 @@ def gram_moments(gram: Tensor, sum: Tensor, center: Tensor, count: float) -> tup
     checks.check_dim(op, "center", center, 1)
     checks.check_accumulation(op, "center", center)
     channels = center.numel()
-    gram, sum = checks.sums(op, gram, sum, channels)
+    if gram.dtype != torch.float64:
+        checks.fail(op, f"gram must be float64, got {checks.name(gram.dtype)}")
+    checks.check_sizes(op, "gram", gram, (channels, channels))
+    sum = checks.vector(op, "sum", sum, channels, torch.float64, gram)
     covariance = center.new_empty(channels, channels)
     moments = center.new_empty(channels, channels + 1)
     launch(
         gram_moments_kernel,
         (channels, cdiv(channels + 1, tiles.VECTOR)),
-        (gram, sum),
+        (gram.contiguous(), sum),
         (covariance, moments),
         (channels, bits(count)),
         finalizes=True,

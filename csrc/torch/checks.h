@@ -91,6 +91,12 @@ inline ScalarType accumulation_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Of a type that others are accumulated in.
+inline void check_accumulation(const char* op, const char* argument, const Tensor& t) {
+  FR_CHECK(t.scalar_type() == accumulation_type(t.scalar_type()), op, ": ", argument,
+           " must be float32 or float64, got ", name(t.scalar_type()));
+}
+
 inline void check_dim(const char* op, const char* argument, const Tensor& t, int64_t dim) {
   FR_CHECK(t.dim() == dim, op, ": ", argument, " must have ", dim, " dimensions, got ", t.dim(),
            " in ", text(sizes_of(t)));

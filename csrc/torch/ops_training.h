@@ -71,8 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_finalize(Tensor mean, Tensor m2, double co
   BnFinalizeArgs args{};
   args.dtype = dtype_of(kOp, "mean", mean);
   const ScalarType type = mean.scalar_type();
-  FR_CHECK(type == accumulation_type(type), kOp, ": mean must be float32 or float64, got ",
-           name(type));
+  check_accumulation(kOp, "mean", mean);
   FR_CHECK(count >= 0, kOp, ": count must be at least 0, got ", count);
   FR_CHECK(running_mean.has_value() == running_var.has_value(), kOp,
            ": running_mean and running_var must be given together, got one");

@@ -7,13 +7,6 @@
 
 namespace fused_resnet::glue {
 
-inline void check_sums(const char* op, const Tensor& gram, const Tensor& sum, int64_t channels) {
-  FR_CHECK(gram.scalar_type() == ScalarType::Double, op, ": gram must be float64, got ",
-           name(gram.scalar_type()));
-  check_sizes(op, "gram", gram, {channels, channels});
-  check_channels(op, "sum", sum, channels, ScalarType::Double, gram);
-}
-
 template <class Device>
 std::tuple<Tensor, Tensor> gram_moments(Tensor gram, Tensor sum, Tensor center, double count) {
   constexpr const char* kOp = "gram_moments";
@@ -21,10 +14,12 @@ std::tuple<Tensor, Tensor> gram_moments(Tensor gram, Tensor sum, Tensor center, 
   GramMomentsArgs args{};
   args.dtype = dtype_of(kOp, "center", center);
   const ScalarType type = center.scalar_type();
-  FR_CHECK(type == accumulation_type(type), kOp, ": center must be float32 or float64, got ",
-           name(type));
+  check_accumulation(kOp, "center", center);
   const int64_t channels = center.size(0);
-  check_sums(kOp, gram, sum, channels);
+  FR_CHECK(gram.scalar_type() == ScalarType::Double, kOp, ": gram must be float64, got ",
+           name(gram.scalar_type()));
+  check_sizes(kOp, "gram", gram, {channels, channels});
+  check_channels(kOp, "sum", sum, channels, ScalarType::Double, gram);
   gram = in_order(gram);
   sum = in_order(sum);
   Tensor covariance = torch::stable::empty({channels, channels}, type, std::nullopt, gram.device());
@@ -52,17 +47,23 @@ inline Tensor beside_weight(const char* op, const char* argument, const Tensor& 
   return in_order(t);
 }
 
+// What the ops of a product say of its weight. Returns the type it is accumulated in.
+template <class Args>
+ScalarType set_weight(const char* op, const Tensor& weight, double count, Args& args) {
+  check_dim(op, "weight", weight, 2);
+  args.dtype = dtype_of(op, "weight", weight);
+  args.rows = weight.size(0);
+  args.channels = weight.size(1);
+  args.count = count;
+  return accumulation_type(weight.scalar_type());
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gram_stats(Tensor weight, Tensor product, Tensor sum,
                                               Tensor center, double count) {
   constexpr const char* kOp = "gram_stats";
-  check_dim(kOp, "weight", weight, 2);
   GramStatsArgs args{};
-  args.dtype = dtype_of(kOp, "weight", weight);
-  args.rows = weight.size(0);
-  args.channels = weight.size(1);
-  args.count = count;
-  const ScalarType type = accumulation_type(weight.scalar_type());
+  const ScalarType type = set_weight(kOp, weight, count, args);
   product = beside_weight(kOp, "product", product, weight);
   check_channels(kOp, "sum", sum, args.channels, ScalarType::Double, weight);
   check_channels(kOp, "center", center, args.channels, type, weight);
@@ -87,14 +88,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gram_gradients(Tensor weight, Tensor 
                                                           Tensor mean, Tensor invstd, Tensor sum_g,
                                                           MaybeTensor sum_gx, double count) {
   constexpr const char* kOp = "gram_gradients";
-  check_dim(kOp, "weight", weight, 2);
   GramGradientsArgs args{};
-  args.dtype = dtype_of(kOp, "weight", weight);
-  args.rows = weight.size(0);
-  args.channels = weight.size(1);
-  args.count = count;
+  const ScalarType type = set_weight(kOp, weight, count, args);
   FR_CHECK(count > 0, kOp, ": count must be more than 0, got ", count);
-  const ScalarType type = accumulation_type(weight.scalar_type());
   s = beside_weight(kOp, "s", s, weight);
   auto vector = [&](const char* argument, const Tensor& t) {
     check_channels(kOp, argument, t, args.rows, type, weight);
