@@ -34,13 +34,17 @@ def _unrecorded(op: Callable[..., Tensor], *args: Any) -> Tensor:
         return op(*args)
 
 
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """``weight * scale`` in the scale's type."""
+    return weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
+
+
 def _fold(weight: Tensor, scale: Tensor) -> Tensor | None:
     """``weight * scale`` in the accumulation type, or None where it loses more than FOLD_BOUND."""
-    column = (-1, 1, 1, 1)
-    folded = weight.to(scale.dtype) * scale.view(column)
+    folded = _scaled(weight, scale)
     if not torch.isfinite(folded).all():
         return None
-    exact = weight.double() * scale.double().view(column)
+    exact = _scaled(weight, scale.double())
     error = (folded.double() - exact).abs().amax((1, 2, 3))
     return folded if bool((error <= FOLD_BOUND * exact.abs().amax((1, 2, 3))).all()) else None
 
@@ -114,7 +118,7 @@ class FrozenConv(nn.Module):
         if self._folded is None:
             weight, shift = self.weight, self.shift
             if self.scale is not None:
-                weight = (weight.to(self.scale.dtype) * self.scale.view(-1, 1, 1, 1)).to(x.dtype)
+                weight = _scaled(weight, self.scale).to(x.dtype)
             self._folded = weight, shift.to(weight.dtype)
         weight, shift = self._folded
         given = (x, weight, None, shift, residual, *self.geometry[:3], act)
@@ -138,7 +142,7 @@ class FrozenConv(nn.Module):
             fused = vendor.conv_bn_act_cudnn(*given)
             exact: Any = [t.double() if isinstance(t, Tensor) else t for t in args]
             truth, eager = reference.conv_bn_act(*exact), self._in_steps(x, act, residual)
-            errors = (measure.error_of(y, truth) for y in (fused, eager))
+            errors = [measure.error_of(y, truth) for y in (fused, eager)]
             x[0, 0] = torch.nan
             fused, plain = vendor.conv_bn_act_cudnn(*given), vendor.conv_bn_act(*args)
         except RuntimeError:  # cuDNN has no kernel for it

@@ -80,14 +80,13 @@ def chain(
     steps: list[Step] = []
     tensors: list[Tensor | None] = []
     batch = [uses_batch_statistics(bn) for _, bn in every]
-    moved = [bn for (_, bn), own in zip(every, batch, strict=True) if own and _moves(bn)]
-    shares = iter(count_batches(*moved))
-    for (conv, bn), of_batch in zip(every, batch, strict=True):
-        moves = of_batch and _moves(bn)
-        share = next(shares) if moves else 0.0
+    moves = [own and _moves(bn) for (_, bn), own in zip(every, batch, strict=True)]
+    shares = iter(count_batches(*(bn for (_, bn), m in zip(every, moves, strict=True) if m)))
+    for (conv, bn), of_batch, moved in zip(every, batch, moves, strict=True):
+        share = next(shares) if moved else 0.0
         steps.append(Step(*geometry_of(conv), bn.eps, of_batch, share))
-        running = (None, None) if of_batch and not moves else (bn.running_mean, bn.running_var)
-        tensors += [conv.weight, conv.bias, bn.weight, bn.bias, *running]
+        *learned, mean, var = params_of(conv, bn)
+        tensors += learned + ([None, None] if of_batch and not moved else [mean, var])
     groups = [group_of(bn) for _, bn in every]
     group = max(groups, key=lambda g: g is not None)
     own = steps.pop() if shortcut is not None else None

@@ -39,9 +39,9 @@ class Gram(NamedTuple):
     positions: float
 
 
-def run(op: str, engine: str, x: Any, *args: Any, suited: bool = True) -> Any:
+def run(op: str, engine: str, x: Any, *args: Any) -> Any:
     """Call ``op`` for ``x`` on what :func:`engines.choose` takes for the wish ``engine``."""
-    chosen = engines.choose(op.removesuffix("_"), x.device.type, x.dtype, engine, suited)
+    chosen = engines.choose(op.removesuffix("_"), x.device.type, x.dtype, engine)
     return engines.implementation(op, chosen)(x, *args)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import engines, moments, whole_chain
 from .moments import Moments, count_of, run
+from .native import below_autograd
 from .plan import Kept, Params, Plan, Source, Step, cast_weight, convolve, keeps_output, positions
 from .reference import accumulation_dtype, suggests_channels_last
 from .training_backward import Backward, composite_backward
@@ -37,13 +38,10 @@ Values = tuple[Tensor, Tensor, Tensor, Tensor]
 def _plainly(x: Tensor) -> Iterator[None]:
     """No autocast, which would cast inside; and, outside a trace, no autograd to ask at each op."""
     device = x.device.type
-    below: Any = contextlib.nullcontext()
-    if not torch.compiler.is_compiling():
-        below = torch._C._AutoDispatchBelowAutograd()
     cast: Any = contextlib.nullcontext()
     if torch.is_autocast_enabled(device):
         cast = torch.autocast(device, enabled=False)
-    with cast, below:
+    with cast, below_autograd():
         yield
 
 
