@@ -123,7 +123,10 @@ def keeps_output(
         return False
     for_memory = plan.memory != "fast" and step is not plan.shortcut
     least = GRAM_ROWS_FOR_MEMORY if for_memory and dtype.itemsize >= 4 else GRAM_ROWS
-    return not is_pointwise(step, p.weight) or positions(shape, step) < least * shape[1]
+    # Positions that a product does not read have no part in its backward: a shortcut's sees to it.
+    skips = step.stride != [1, 1] and step is not plan.shortcut
+    few = positions(shape, step) < least * shape[1]
+    return not is_pointwise(step, p.weight) or skips or few
 
 
 def convolve(z: Tensor, p: Params, step: Step, weight: Tensor) -> Tensor:

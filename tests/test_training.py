@@ -54,6 +54,9 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "basic-shortcut-3x3": lambda: BasicBlock(24, 16, 2, _shortcut(24, 16, 2, 3)),
     "chain": lambda: nn.Sequential(nn.Conv2d(24, 9, 3, bias=False), nn.BatchNorm2d(9), nn.ReLU()),
     "chain-1x1": lambda: nn.Sequential(nn.Conv2d(24, 9, 1, bias=False), nn.BatchNorm2d(9)),
+    "chain-1x1-strided": lambda: nn.Sequential(
+        nn.Conv2d(24, 9, 1, 2, bias=False), nn.BatchNorm2d(9)
+    ),
     "chain-1x1-uneven": lambda: nn.Sequential(
         nn.Conv2d(24, 9, 1, (1, 2), bias=False), nn.BatchNorm2d(9)
     ),
