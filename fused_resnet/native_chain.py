@@ -1,6 +1,6 @@
 """Fake kernels of the ops of chains; :mod:`fused_resnet.native` registers them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ def _bn_act_conv_bn_act(
     dilation: list[int],
     groups: int,
     act: str,
+    x2: Tensor | None = None,
+    weight2: Tensor | None = None,
+    scale2: Tensor | None = None,
+    stride2: Sequence[int] = (1, 1),
 ) -> Tensor:
     return _convolved(x, weight, (stride, padding, dilation, groups))
 
@@ -75,6 +79,7 @@ def _bn_backward_conv_dgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    added_stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (grad.size(0), weight.size(1) * groups, *input_size)
     dx = reference.empty_image(grad, shape, grad, weight)
@@ -119,8 +124,9 @@ def _bn_act_gram_backward(
     added: Tensor | None,
     mean: Tensor | None,
     invstd: Tensor | None,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = reference.empty_image(x, x.shape, x)
+    dx = reference.empty_image(x, (*x.shape[:2], *grad.shape[2:]), x)
     return dx, *_sums(dx, mean)
 
 

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import _act, _per_channel, accumulation_dtype, bn_act, conv_bn_act
+from .reference import (
+    _act,
+    _per_channel,
+    accumulation_dtype,
+    bn_act,
+    conv_bn_act,
+    empty_image,
+)
 from .reference_training import (
     bn_act_backward_reduce,
     bn_stats,
@@ -85,9 +92,18 @@ def bn_act_conv_bn_act(
     dilation: Sequence[int],
     groups: int,
     act: str,
+    x2: Tensor | None = None,
+    weight2: Tensor | None = None,
+    scale2: Tensor | None = None,
+    stride2: Sequence[int] = (1, 1),
 ) -> Tensor:
-    """:func:`conv_bn_act` of ``in_act(x * in_scale + in_shift)``."""
+    """:func:`conv_bn_act` of ``in_act(x * in_scale + in_shift)``. With x2 and weight2, which is
+    1x1, ``conv2d(x2, weight2) * scale2`` is added to the residual: the block's projection, whose
+    shift is in ``shift``. Engines keep it in the accumulation type."""
     z = _input(x, in_scale, in_shift, in_act)
+    if x2 is not None and weight2 is not None:
+        geometry2 = (stride2, (0, 0), (1, 1), 1)
+        residual = conv_bn_act(x2, weight2, scale2, None, residual, *geometry2, "none")
     geometry = (stride, padding, dilation, groups)
     return conv_bn_act(z, weight, scale, shift, residual, *geometry, act)
 
@@ -110,10 +126,16 @@ def bn_backward_conv_dgrad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    added_stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`conv_dgrad` of ``a * grad + b * y + c``. Where the convolution's input came from a
-    BatchNorm of x and a ReLU: what that lets through, with :func:`bn_act_backward_reduce` of it."""
+    """:func:`conv_dgrad` of ``a * grad + b * y + c``, where ``added`` comes to every
+    ``added_stride``-th position. Where the convolution's input came from a BatchNorm of x and a
+    ReLU: what that lets through, with :func:`bn_act_backward_reduce` of it."""
     dy = _of_batch_norm(grad, y, a, b, c)
+    if added is not None and added_stride > 1:
+        spread = added.new_zeros((*added.shape[:2], *input_size))
+        spread[:, :, ::added_stride, ::added_stride] = added
+        added = spread
     dx = conv_dgrad(dy, weight, added, input_size, stride, padding, dilation, groups)
     return _masked(dx, x, scale, shift, mean, invstd)
 
@@ -157,10 +179,14 @@ def bn_act_gram_backward(
     added: Tensor | None,
     mean: Tensor | None,
     invstd: Tensor | None,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``grad weight + zc matrix + offset + added``, by pixels, for the
-    ``zc = act(x * scale + shift) - center`` of :func:`bn_act_gram`, center rounded to x's dtype.
-    With mean and invstd: what the ReLU lets through, with :func:`bn_act_backward_reduce` of it."""
+    ``zc = act(x * scale + shift) - center`` of :func:`bn_act_gram`, center rounded to x's dtype;
+    of every ``stride``-th row and column of x. With mean and invstd, for a stride of 1: what the
+    ReLU lets through, with :func:`bn_act_backward_reduce` of it."""
+    layout = x
+    x = x[:, :, ::stride, ::stride]
     z = _input(x, scale, shift, act)
     z = (z - _per_channel(center, z)).to(accumulation_dtype(z.dtype))
     wide = z.dtype
@@ -169,5 +195,5 @@ def bn_act_gram_backward(
     product = product + _per_channel(offset, product)
     if added is not None:
         product = product + added.to(wide)
-    dx = torch.empty_like(x).copy_(product)
+    dx = empty_image(x, x.shape, layout).copy_(product)
     return _masked(dx, x, scale, shift, mean, invstd)

@@ -141,14 +141,26 @@ def add_chain(
     prologue, gradient = (into, into, "relu"), (y, y, of, of, of)
     add("bn_act_conv_stats", x, *prologue, weight, *geometry)
     add("bn_act_conv_bn_act", x, *prologue, weight, of, of, y, *geometry, "relu")
+    for step in (1, 2):
+        x2 = image(batch, 2 * c, step * side, step * side, dtype=dtype, layout=torch.channels_last)
+        weight2 = image(k, 2 * c, 1, 1, dtype=dtype, layout=torch.channels_last)
+        second = (x2, weight2, of, [step, step])
+        add("bn_act_conv_bn_act", x, *prologue, weight, of, of, None, *geometry, "relu", *second)
     mask = (x, into, into, into, into)
     add("bn_backward_conv_dgrad", *gradient, weight, x, *mask, [side, side], *geometry)
+    half = -(-side // 2)
+    part = image(batch, c, half, half, dtype=dtype, layout=torch.channels_last)
+    nothing = [None] * 5
+    add("bn_backward_conv_dgrad", *gradient, weight, part, *nothing, [side, side], *geometry, 2)
     source = (x, into, into, into, "relu")
     add("bn_backward_conv_wgrad", *gradient, *source, [kernel] * 2, *geometry)
     if kernel == 1:
         matrix = torch.empty(c, c, dtype=dtype, device="meta")
         rest = (into, "relu", matrix, into, None, into, into)
         add("bn_act_gram_backward", y, weight, x, into, into, *rest)
+        wide = image(batch, c, 2 * side, 2 * side, dtype=dtype, layout=torch.channels_last)
+        rest = (into, "none", matrix, into, None, None, None, 2)
+        add("bn_act_gram_backward", y, weight, wide, None, None, *rest)
 
 
 for dtype in DTYPES:

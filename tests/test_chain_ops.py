@@ -54,12 +54,23 @@ def bn_act_conv_stats(case, source, whole):
     return [x, *(prologue if whole else [None, None, "none"]), weight, *geometry(case)]
 
 
+def projection(case, source, stride):
+    """x2, weight2, scale2 and stride2 of a 1x1 convolution of another image to the same output."""
+    channels, out = case.channels[1], case.channels[1]
+    down, across = stride
+    size = (down * (case.out_size[0] - 1) + 1, across * case.out_size[1])
+    weight = source.normal(out, channels, 1, 1) / channels**0.5
+    scale = vectors(source, out, "gamma")[0]
+    return [source.normal(case.batch, channels, *size), weight, scale, list(stride)]
+
+
 def bn_act_conv_bn_act(case, source, whole):
     x, weight, residual = images(case, source)
     prologue = [*vectors(source, case.channels[0], "gamma", "beta"), "relu"]
     epilogue = [*vectors(source, case.channels[1], "gamma", "beta"), residual]
     if whole:
-        return [x, *prologue, weight, *epilogue, *geometry(case), "relu"]
+        rest = projection(case, source, (2, 3))
+        return [x, *prologue, weight, *epilogue, *geometry(case), "relu", *rest]
     return [x, None, None, "relu", weight, None, None, None, *geometry(case), "none"]
 
 
@@ -158,6 +169,55 @@ def test_cases(op, whole, case, dtype, backend):
     )
 
 
+@over("bn_act_conv_bn_act")
+@over_types
+@over_cases
+@pytest.mark.parametrize("scales", [(False, False), (False, True), (True, False), (True, True)])
+def test_projection(scales, case, dtype, backend):
+    """Without a residual, at every pixel; each product with a scale of its own, or none."""
+
+    def make(seed):
+        source = Source(seed, dtype)
+        *rest, act = bn_act_conv_bn_act(case, source, False)
+        rest[6] = vectors(source, case.channels[1], "beta")[0]
+        x2, weight2, scale2, stride2 = projection(case, source, (1, 1))
+        rest[5] = vectors(source, case.channels[1], "gamma")[0] if scales[0] else None
+        second = [x2, weight2, scale2 if scales[1] else None, stride2]
+        return of_tensors(channels_last, [*rest, act, *second])
+
+    check("bn_act_conv_bn_act", backend, make)
+
+
+@over("bn_backward_conv_dgrad")
+@over_types
+@over_cases
+@pytest.mark.parametrize("stride", [2, 3])
+def test_added_to_every_so_many(stride, case, dtype, backend):
+    check("bn_backward_conv_dgrad", backend, lambda seed: spread(case, Source(seed, dtype), stride))
+
+
+def spread(case, source, stride):
+    given = bn_backward_conv_dgrad(case, source, True)
+    given[6] = given[6][:, :, ::stride, ::stride]
+    return of_tensors(channels_last, [*given, stride])
+
+
+@over("bn_act_gram_backward")
+@over_types
+@over_cases
+@over_whether
+def test_gram_of_every_so_many(whole, case, dtype, backend):
+    check("bn_act_gram_backward", backend, lambda seed: part(case, Source(seed, dtype), whole))
+
+
+def part(case, source, whole):
+    given = bn_act_gram_backward(case, source, whole)
+    given[0] = given[0][:, :, ::2, ::2]
+    if whole:
+        given[9:] = given[9][:, :, ::2, ::2], None, None
+    return of_tensors(channels_last, [*given, 2])
+
+
 @over(engines.CHAIN_OPS[0])
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "negative"])
 @pytest.mark.parametrize("op", INPUTS)
@@ -172,7 +232,16 @@ def test_layouts(op, layout, backend):
 @over_whether
 @pytest.mark.parametrize("op", INPUTS)
 def test_fake_kernels(op, whole, case):
-    given = of_tensors(channels_last, INPUTS[op](case, Source(0, torch.float16), whole))
+    check_fake(op, of_tensors(channels_last, INPUTS[op](case, Source(0, torch.float16), whole)))
+
+
+@over_cases
+def test_fake_kernels_of_strides(case):
+    check_fake("bn_backward_conv_dgrad", spread(case, Source(0, torch.float16), 2))
+    check_fake("bn_act_gram_backward", part(case, Source(0, torch.float16), True))
+
+
+def check_fake(op, given):
     fake = getattr(torch.ops.fused_resnet_triton, op).default(*shadow(given))
     real = engines.implementation(op, "reference")(*given)
     for a, b in zip(fake, real, strict=True) if isinstance(fake, tuple) else [(fake, real)]:
@@ -185,10 +254,19 @@ def test_fake_kernels(op, whole, case):
         ("bn_act_conv_stats", 1, None, "scale, shift must be given together"),
         ("bn_act_conv_stats", 3, "gelu", 'act must be "none" or "relu"'),
         ("bn_act_conv_bn_act", 7, torch.ones(2, 20, 9, 9), "residual must have shape"),
+        ("bn_act_conv_bn_act", 13, None, "x2, weight2 must be given together"),
+        ("bn_act_conv_bn_act", 13, torch.ones(2, 20, 9, 30), "x2 must have .2, 9, 10. images"),
+        ("bn_act_conv_bn_act", 14, torch.ones(20, 20, 3, 3), "weight2 must have shape .20, 20, 1"),
+        ("bn_act_conv_bn_act", 15, torch.ones(19), "scale2 must have shape"),
+        ("bn_act_conv_bn_act", 16, [0, 3], "stride2 must be two integers of at least 1"),
         ("bn_backward_conv_dgrad", 1, None, "y, b must be given together"),
         ("bn_backward_conv_dgrad", 7, None, "x, scale, shift, mean, invstd must be given together"),
+        ("bn_backward_conv_dgrad", 17, 2, "added must have shape .2, 17, 5, 5."),
+        ("bn_backward_conv_dgrad", 17, 0, "added_stride must be at least 1"),
         ("bn_backward_conv_wgrad", 5, torch.ones(2, 17, 9, 9), "grad must have shape"),
         ("bn_act_gram_backward", 7, torch.ones(17, 16), "matrix must have shape"),
+        ("bn_act_gram_backward", 12, 0, "stride must be at least 1"),
+        ("bn_act_gram_backward", 12, 2, "stride must be 1 with mean and invstd"),
     ],
 )
 @over(engines.CHAIN_OPS[0])
@@ -196,6 +274,6 @@ def test_bad_input(op, at, value, words, backend):
     if backend.engine == "reference":
         return
     given = INPUTS[op](CASES[0], Source(0, torch.float32), True)
-    given[at] = value
+    given[at : at + 1] = [value]
     with pytest.raises(RuntimeError, match=f"{op}: {words}"):
         engines.implementation(op, backend.engine)(*backend.move(given))

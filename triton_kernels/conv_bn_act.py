@@ -49,6 +49,6 @@ def conv_bn_act(
         residual = channels_last(residual)
     result = empty_image(x, shape.out_sizes, x, weight)
     out = for_writing(result)
-    epilogue = Epilogue(scale, shift, residual, act)
+    epilogue = Epilogue(scale, shift, residual, act=act)
     forward(shape, Operand(channels_last(x)), weight, out, epilogue)
     return result if out is result else result.copy_(out)

@@ -12,10 +12,19 @@ from torch import Tensor
 from fused_resnet.reference import accumulation_dtype, empty_image
 
 from . import checks
-from .conv_launch import Epilogue, Operand, backward, backward_tiles, forward, forward_tiles
+from .conv_launch import (
+    Epilogue,
+    Operand,
+    Second,
+    backward,
+    backward_tiles,
+    forward,
+    forward_tiles,
+)
 from .conv_shapes import ConvShape, channels_last, check_weight, conv_shape, for_writing
 from .conv_sums import moments, new_sums, total
 from .conv_wgrad import weight_gradient
+from .launch import cdiv
 
 
 def _vectors(op: str, x: Tensor, channels: int, **given: Tensor | None) -> list[Tensor | None]:
@@ -126,6 +135,10 @@ def bn_act_conv_bn_act(
     dilation: Sequence[int],
     groups: int,
     act: str,
+    x2: Tensor | None = None,
+    weight2: Tensor | None = None,
+    scale2: Tensor | None = None,
+    stride2: Sequence[int] = (1, 1),
 ) -> Tensor:
     op = "bn_act_conv_bn_act"
     checks.check_act(op, act)
@@ -135,8 +148,38 @@ def bn_act_conv_bn_act(
     residual = _image(op, "residual", residual, x, shape.out_sizes)
     result = empty_image(x, shape.out_sizes, x, weight)
     out = for_writing(result)
-    forward(shape, source, weight, out, Epilogue(scale, shift, residual, act))
+    second = _projection(op, shape, x, x2, weight2, scale2, stride2)
+    forward(shape, source, weight, out, Epilogue(scale, shift, residual, act=act), second)
     return _finished(result, out)
+
+
+def _projection(
+    op: str,
+    shape: ConvShape,
+    x: Tensor,
+    x2: Tensor | None,
+    weight2: Tensor | None,
+    scale2: Tensor | None,
+    stride2: Sequence[int],
+) -> Second | None:
+    """A 1x1 convolution of x2 to the output's sizes, checked; None if there is none."""
+    if not _together(op, x2=x2, weight2=weight2):
+        if scale2 is not None:
+            checks.fail(op, "scale2 must be given with x2 and weight2")
+        return None
+    checks.check_dim(op, "x2", x2, 4)
+    checks.check_like(op, "x2", x2, x)
+    checks.check_pair(op, "stride2", stride2, 1)
+    down, across = stride2
+    if (x2.size(0), cdiv(x2.size(2), down), cdiv(x2.size(3), across)) != (
+        shape.batch, *shape.out_size,
+    ):  # fmt: skip
+        wanted, sizes = [shape.batch, *shape.out_size], list(x2.shape)
+        checks.fail(op, f"x2 must have {wanted} images, rows and columns by stride2, got {sizes}")
+    checks.check_like(op, "weight2", weight2, x)
+    checks.check_sizes(op, "weight2", weight2, (shape.out_channels, x2.size(1), 1, 1))
+    scale2 = _vectors(op, x, shape.out_channels, scale2=scale2)[0]
+    return Second(Operand(channels_last(x2)), channels_last(weight2), scale2, (down, across))
 
 
 def bn_backward_conv_dgrad(
@@ -157,6 +200,7 @@ def bn_backward_conv_dgrad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    added_stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "bn_backward_conv_dgrad"
     checks.check_pair(op, "input_size", input_size, 0)
@@ -166,10 +210,18 @@ def bn_backward_conv_dgrad(
     shape = _shape(op, sizes, weight, grad, stride, padding, dilation, groups=groups)
     checks.check_sizes(op, "grad", grad, shape.out_sizes)
     _together(op, x=x, scale=scale, shift=shift, mean=mean, invstd=invstd)
-    added = _image(op, "added", added, grad, shape.in_sizes)
+    if added_stride < 1:
+        checks.fail(op, f"added_stride must be at least 1, got {added_stride}")
+    added = _image(op, "added", added, grad, _every(shape.in_sizes, added_stride))
     result = empty_image(grad, shape.in_sizes, grad, weight)
-    return _masked(op, shape, gradient, weight, result, Epilogue(residual=added), None,
-                   (x, scale, shift, mean, invstd))  # fmt: skip
+    epilogue = Epilogue(residual=added, spread=added_stride)
+    mask = (x, scale, shift, mean, invstd)
+    return _masked(op, shape, gradient, weight, result, epilogue, None, mask)
+
+
+def _every(sizes: Sequence[int], stride: int) -> tuple[int, ...]:
+    """Of what has every ``stride``-th row and column of an image."""
+    return (*sizes[:2], cdiv(sizes[2], stride), cdiv(sizes[3], stride))
 
 
 def _masked(
@@ -179,7 +231,7 @@ def _masked(
     weight: Tensor,
     result: Tensor,
     epilogue: Epilogue,
-    second: tuple[Operand, Tensor] | None,
+    second: Second | None,
     mask: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of an input, masked and reduced if ``mask`` is not of None."""
@@ -251,11 +303,17 @@ def bn_act_gram_backward(
     added: Tensor | None,
     mean: Tensor | None,
     invstd: Tensor | None,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "bn_act_gram_backward"
+    if stride < 1:
+        checks.fail(op, f"stride must be at least 1, got {stride}")
+    if stride > 1 and mean is not None:
+        checks.fail(op, f"stride must be 1 with mean and invstd, got {stride}")
     gradient = _gradient(op, grad, None, None, None, None)
     source = _source(op, x, scale, shift, act)
-    shape = _shape(op, x.shape, weight, grad, [1, 1], [0, 0], [1, 1], groups=1)
+    sizes = _every(x.shape, stride)
+    shape = _shape(op, sizes, weight, grad, [1, 1], [0, 0], [1, 1], groups=1)
     checks.check_sizes(op, "grad", grad, shape.out_sizes)
     channels = x.size(1)
     center, offset = _vectors(op, x, channels, center=center, offset=offset)  # type: ignore
@@ -263,9 +321,10 @@ def bn_act_gram_backward(
     checks.check_sizes(op, "matrix", matrix, (channels, channels))
     if _together(op, mean=mean, invstd=invstd):
         _together(op, mean=mean, scale=scale)
-    added = _image(op, "added", added, grad, x.shape)
-    second = (source._replace(center=center), matrix.contiguous())
+    added = _image(op, "added", added, grad, sizes)
+    steps = (stride, stride)
+    second = Second(source._replace(center=center), matrix.contiguous(), stride=steps)
     mask = (None if mean is None else x, scale, shift, mean, invstd)
-    result = empty_image(x, x.shape, x)
+    result = empty_image(x, sizes, x)
     epilogue = Epilogue(shift=offset, residual=added)
     return _masked(op, shape, gradient, weight, result, epilogue, second, mask)

@@ -74,14 +74,15 @@ def conv_gemm(
     in_slope,
     in_shift,
     weight,  # of the convolution, channels_last
-    x2,  # as out, of a second product that is added, of one group; or None
+    x2,  # images, [batch, x2_h, x2_w, x2's channels], whose product with weight2 is added; or None
     x2_scale,  # its prologue
     x2_shift,
     x2_center,
-    weight2,  # [columns, columns]
+    weight2,  # as weight is, of one tap and one group
+    scale2,  # by output channel, of that product; or None
     scale,  # epilogue, by output channel; or None
     shift,
-    residual,  # as out; or None; may be out itself
+    residual,  # as out, see SPREAD; or None; may be out itself
     mask_x,  # as out: out passes only where relu(mask_x * mask_scale + mask_shift) does; or None
     mask_scale,
     mask_shift,
@@ -99,8 +100,12 @@ def conv_gemm(
     groups,
     reduced_units,  # channels of a group of x, in units of REDUCED_UNIT
     column_units,  # channels of a group of out, in units of COLUMN_UNIT
+    x2_h,
+    x2_w,
+    x2_units,  # channels of x2, in units of X2_UNIT
     REDUCED_UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
+    X2_UNIT: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     # Row i of a phase is output row (phase + i * PHASES), which by its tap t reads input row
@@ -115,6 +120,9 @@ def conv_gemm(
     SPARSE_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    STRIDE2_H: tl.constexpr,  # of x2
+    STRIDE2_W: tl.constexpr,
+    SPREAD: tl.constexpr,  # residual is of every SPREAD-th row and column of out
     BACKWARD: tl.constexpr,  # a group's weight is [reduced, taps, columns], and not the reverse
     PACKED: tl.constexpr,  # a step goes through several taps; REDUCED_UNIT is a group's channels
     PLAIN: tl.constexpr,  # one tap, and the pixels of x are those of out
@@ -157,10 +165,11 @@ def conv_gemm(
 
     x_channels = groups * reduced
     pixel = row.to(tl.int64)
-    if not PLAIN:
+    if not PLAIN or STRIDE2_H * STRIDE2_W > 1 or SPREAD > 1:
         image = row // (rows_h * rows_w)
         i = (row // rows_w % rows_h).to(tl.int32)
         j = (row % rows_w).to(tl.int32)
+    if not PLAIN:
         h = i * STEP_H + first_h
         w = j * STEP_W + first_w
         pixel = (image.to(tl.int64) * x_h + h) * x_w + w
@@ -232,33 +241,60 @@ def conv_gemm(
     out_channel = group * columns + column
     pixel = row.to(tl.int64)
     if PHASES_H * PHASES_W > 1:
-        at_h = phase_h + i * PHASES_H
-        at_w = phase_w + j * PHASES_W
-        pixel = (image.to(tl.int64) * out_h + at_h) * out_w + at_w
+        i = phase_h + i * PHASES_H
+        j = phase_w + j * PHASES_W
+        pixel = (image.to(tl.int64) * out_h + i) * out_w + j
+    if scale is not None:
+        acc = acc * tl.load(scale + out_channel, mask=is_column, other=0.0)[None, :]
     if x2 is not None:
-        x2_row = pixel * out_channels
-        for step in range(tl.cdiv(columns, BLOCK_K)):
+        x2_channels = x2_units * X2_UNIT
+        x2_pixel = pixel
+        if STRIDE2_H * STRIDE2_W > 1:
+            x2_pixel = (image.to(tl.int64) * x2_h + i * STRIDE2_H) * x2_w + j * STRIDE2_W
+        if BACKWARD:
+            weight2_column = weight2 + out_channel[None, :]
+        else:
+            weight2_column = weight2 + (out_channel.to(tl.int64) * x2_channels)[None, :]
+        # What has a scale of its own has a sum of its own: neither operand can be rounded for it.
+        product = acc if scale2 is None else tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        for step in range(tl.cdiv(x2_channels, BLOCK_K)):
             channel = step * BLOCK_K + depth
-            is_channel = channel < columns
+            is_channel = channel < x2_channels
             mask = is_row[:, None] & is_channel[None, :]
-            a = tl.load(x2 + x2_row[:, None] + channel[None, :], mask=mask, other=0.0)
-            z = operand(a, None, x2_scale, None, x2_shift, x2_center, channel, is_channel, X2_RELU)
+            a = tl.load(
+                x2 + (x2_pixel * x2_channels)[:, None] + channel[None, :], mask=mask, other=0.0
+            )
+            if X2_RELU or x2_scale is not None or x2_center is not None:
+                z = operand(
+                    a, None, x2_scale, None, x2_shift, x2_center, channel, is_channel, X2_RELU
+                )
+                a = tl.where(mask, z, 0.0)
+            moved_weight = channel.to(tl.int64) * (out_channels if BACKWARD else 1)
             b = tl.load(
-                weight2 + (channel.to(tl.int64) * columns)[:, None] + column[None, :],
+                weight2_column + moved_weight[:, None],
                 mask=is_channel[:, None] & is_column[None, :],
                 other=0.0,
             )
-            z = tl.where(mask, z, 0.0)
-            acc = tl.dot(z, b, acc, input_precision=PRECISION, out_dtype=ACC)
+            product = tl.dot(a, b, product, input_precision=PRECISION, out_dtype=ACC)
+        if scale2 is None:
+            acc = product
+        else:
+            scales = tl.load(scale2 + out_channel, mask=is_column, other=0.0)
+            acc = acc + product * scales[None, :]
 
     place = (pixel * out_channels)[:, None] + out_channel[None, :]
     mask = is_row[:, None] & is_column[None, :]
-    if scale is not None:
-        acc = acc * tl.load(scale + out_channel, mask=is_column, other=0.0)[None, :]
     if shift is not None:
         acc = acc + tl.load(shift + out_channel, mask=is_column, other=0.0)[None, :]
     if residual is not None:
-        acc = acc + tiles.load(residual, place, mask)
+        if SPREAD > 1:
+            across = tl.cdiv(out_w, SPREAD)
+            r = (image.to(tl.int64) * tl.cdiv(out_h, SPREAD) + i // SPREAD) * across + j // SPREAD
+            at = (r * out_channels)[:, None] + out_channel[None, :]
+            taken = mask & ((i % SPREAD == 0) & (j % SPREAD == 0))[:, None]
+            acc = acc + tiles.load(residual, at, taken)
+        else:
+            acc = acc + tiles.load(residual, place, mask)
     acc = tiles.activate(acc, RELU)
     if mask_x is not None:
         raw = tl.load(mask_x + place, mask=mask, other=0.0)

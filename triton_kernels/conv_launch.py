@@ -28,6 +28,7 @@ class Operand(NamedTuple):
 class Epilogue(NamedTuple):
     """``act(result * scale + shift + residual)``, where ``mask`` is positive, and its statistics.
 
+    ``spread``: residual has only every so many-th row and column of the result.
     ``sums``: two of [tiles, channels], for the means and squared deviations of each tile's rows;
     with a mask for the sums of the result and of its products with ``mask.x - mask.center``.
     """
@@ -35,9 +36,22 @@ class Epilogue(NamedTuple):
     scale: Tensor | None = None
     shift: Tensor | None = None
     residual: Tensor | None = None
+    spread: int = 1
     act: str = "none"
     mask: Operand | None = None
     sums: tuple[Tensor, Tensor] | None = None
+
+
+class Second(NamedTuple):
+    """A product that is added: of an image with one tap, times ``scale``.
+
+    ``weight`` is [out's channels, the image's], or the reverse in a gradient.
+    """
+
+    source: Operand
+    weight: Tensor
+    scale: Tensor | None = None
+    stride: tuple[int, int] = (1, 1)
 
 
 class _Axis(NamedTuple):
@@ -59,9 +73,9 @@ class _Geometry(NamedTuple):
     meta: dict[str, Any]
 
 
-def _config(columns: int, source: Operand) -> conv_configs.Config:
-    tensors = 1 if source.other is None else 2
-    return conv_configs.gemm(columns, source.x.dtype, arch(source.x), tensors)
+def _config(columns: int, source: Operand, second: Second | None = None) -> conv_configs.Config:
+    two = source.other is not None or (second is not None and second.scale is not None)
+    return conv_configs.gemm(columns, source.x.dtype, arch(source.x), 2 if two else 1)
 
 
 def forward_tiles(shape: ConvShape, source: Operand) -> tuple[int, int]:
@@ -88,9 +102,10 @@ def forward(
     weight: Tensor,
     out: Tensor,
     epilogue: Epilogue,
+    second: Second | None = None,
 ) -> None:
-    """``out = conv2d(source, weight)``; images are channels_last."""
-    _launch(shape, source, weight, out, epilogue, None, is_backward=False)
+    """``out = conv2d(source, weight)`` and ``second``; images are channels_last."""
+    _launch(shape, source, weight, out, epilogue, second, is_backward=False)
 
 
 def backward(
@@ -99,12 +114,9 @@ def backward(
     weight: Tensor,
     dx: Tensor,
     epilogue: Epilogue,
-    second: tuple[Operand, Tensor] | None = None,
+    second: Second | None = None,
 ) -> None:
-    """``dx``, the gradient of the input of a convolution whose output's is ``grad``.
-
-    ``second``: an operand of dx's sizes and a matrix, whose product is added.
-    """
+    """``dx``, the gradient of the input of a convolution whose output's is ``grad``."""
     _launch(shape, grad, weight, dx, epilogue, second, is_backward=True)
 
 
@@ -166,18 +178,22 @@ def _launch(
     weight: Tensor,
     out: Tensor,
     epilogue: Epilogue,
-    second: tuple[Operand, Tensor] | None,
+    second: Second | None,
     is_backward: bool,
 ) -> None:
     x = source.x
     columns = (shape.in_channels if is_backward else shape.out_channels) // shape.groups
-    geometry = _geometry(shape, _config(columns, source), is_backward)
+    geometry = _geometry(shape, _config(columns, source, second), is_backward)
     reads = [x, source.other, source.scale, source.slope, source.shift, channels_last(weight)]
+    numbers: list[int | None] = [None] * 3
+    unit, stride = 1, (1, 1)
     if second is None:
-        reads += [None] * 5
+        reads += [None] * 6
     else:
-        z = second[0]
-        reads += [z.x, z.scale, z.shift, z.center, second[1]]
+        z, stride = second.source, second.stride
+        reads += [z.x, z.scale, z.shift, z.center, second.weight, second.scale]
+        unit = alignment(z.x.size(1))
+        numbers = [*z.x.shape[2:], z.x.size(1) // unit]
     reads += [epilogue.scale, epilogue.shift, epilogue.residual]
     mask = epilogue.mask
     reads += [None] * 4 if mask is None else [mask.x, mask.scale, mask.shift, mask.center]
@@ -186,9 +202,13 @@ def _launch(
         geometry.grid,
         reads=reads,
         writes=[out, *(epilogue.sums or (None, None))],
-        numbers=geometry.numbers,
+        numbers=(*geometry.numbers, *numbers),
+        X2_UNIT=unit,
+        STRIDE2_H=stride[0],
+        STRIDE2_W=stride[1],
+        SPREAD=epilogue.spread,
         IN_RELU=source.act == "relu",
-        X2_RELU=second is not None and second[0].act == "relu",
+        X2_RELU=second is not None and second.source.act == "relu",
         RELU=epilogue.act == "relu",
         PRECISION=precision(x.dtype),
         **geometry.meta,

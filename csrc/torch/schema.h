@@ -103,12 +103,13 @@ inline constexpr const char* kOps[] = {
 
     "bn_act_conv_bn_act(Tensor x, Tensor? in_scale, Tensor? in_shift, str in_act, Tensor weight,"
     " Tensor? scale, Tensor? shift, Tensor? residual, int[] stride, int[] padding, int[] dilation,"
-    " int groups, str act) -> Tensor",
+    " int groups, str act, Tensor? x2=None, Tensor? weight2=None, Tensor? scale2=None,"
+    " int[] stride2=[1, 1]) -> Tensor",
 
     "bn_backward_conv_dgrad(Tensor grad, Tensor? y, Tensor a, Tensor? b, Tensor? c, Tensor weight,"
     " Tensor? added, Tensor? x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? invstd,"
-    " int[] input_size, int[] stride, int[] padding, int[] dilation, int groups)"
-    " -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
+    " int[] input_size, int[] stride, int[] padding, int[] dilation, int groups,"
+    " int added_stride=1) -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
 
     "bn_backward_conv_wgrad(Tensor grad, Tensor? y, Tensor? a, Tensor? b, Tensor? c, Tensor x,"
     " Tensor? scale, Tensor? shift, Tensor? center, str act, int[] kernel_size, int[] stride,"
@@ -116,7 +117,7 @@ inline constexpr const char* kOps[] = {
 
     "bn_act_gram_backward(Tensor grad, Tensor weight, Tensor x, Tensor? scale, Tensor? shift,"
     " Tensor center, str act, Tensor matrix, Tensor offset, Tensor? added, Tensor? mean,"
-    " Tensor? invstd) -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
+    " Tensor? invstd, int stride=1) -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
 };
 
 inline void declare(torch::stable::detail::StableLibrary& library) {
