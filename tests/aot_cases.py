@@ -45,6 +45,7 @@ def add_maps_and_sums(x: Tensor, pooled: Tensor, pool: tuple[list[int], ...], wi
         add("bn_act_backward", x, x, mask, c, c, *batch, act, wide=wide)
     add("bn_act_backward_", x, None, x, c, c, *[None] * 4, 0.0, "relu", wide=wide)
     add("relu_backward_reduce", x, x, wide=wide)
+    add("global_avg_pool", x)
     argmax = torch.empty_like(pooled, dtype=torch.uint8)
     for op in ("bn_act_maxpool", "bn_act_maxpool_train"):
         add(op, x, c, c, *pool, False, "relu")

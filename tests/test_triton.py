@@ -50,6 +50,7 @@ def arguments(channels: int = 5) -> dict[str, tuple]:
         "bn_stats": (x,),
         "eltwise_act": ([x, other], "sum", [1.0, -0.5], "relu"),
         "eltwise_act_backward": (grad, [x, other], out, "max", None, "relu"),
+        "global_avg_pool": (x,),
         "gram_gradients": (weight, weight + 1, *(rows for _ in range(4)), None, 84.0),
         "gram_moments": (gram, gram[0], mean, 84.0),
         "gram_stats": (weight, weight + 1, gram[0], mean, 84.0),
@@ -61,7 +62,9 @@ ARGUMENTS = arguments()
 over_ops = pytest.mark.parametrize("op", ARGUMENTS)
 
 
-REDUCTIONS = [op for op in ARGUMENTS if op == "bn_stats" or op.endswith("_reduce")]
+REDUCTIONS = [
+    op for op in ARGUMENTS if op in ("bn_stats", "global_avg_pool") or op.endswith("_reduce")
+]
 
 
 def in_float64(t):

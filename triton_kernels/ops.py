@@ -29,6 +29,7 @@ from .conv_dgrad import conv_dgrad, conv_dgrad_
 from .conv_wgrad import conv_wgrad
 from .eltwise_act import eltwise_act
 from .eltwise_act_backward import eltwise_act_backward
+from .global_avg_pool import global_avg_pool
 from .gram_gradients import gram_gradients
 from .gram_moments import gram_moments
 from .gram_stats import gram_stats
@@ -60,6 +61,7 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     conv_wgrad,
     eltwise_act,
     eltwise_act_backward,
+    global_avg_pool,
     gram_gradients,
     gram_moments,
     gram_stats,
