@@ -130,10 +130,27 @@ def _bn_act_gram_backward(
     return dx, *_sums(dx, mean)
 
 
+def _relu_backward_conv_wgrad(
+    grad: Tensor,
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    center: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = reference.empty_image(grad, grad.shape, grad)
+    geometry: Any = ([1, 1], [1, 1], [0, 0], [1, 1], 1)
+    nothing = (None, None, None, None)
+    dw = _bn_backward_conv_wgrad(g, *nothing, x, scale, shift, center, act, *geometry)
+    return g, _vector(g, g.size(1)), dw
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "bn_act_conv_stats": _bn_act_conv_stats,
     "bn_act_conv_bn_act": _bn_act_conv_bn_act,
     "bn_backward_conv_dgrad": _bn_backward_conv_dgrad,
     "bn_backward_conv_wgrad": _bn_backward_conv_wgrad,
     "bn_act_gram_backward": _bn_act_gram_backward,
+    "relu_backward_conv_wgrad": _relu_backward_conv_wgrad,
 }

@@ -5,6 +5,7 @@ they are read, and to its result before it is written.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .reference_training import (
     conv_dgrad,
     conv_wgrad,
     relu_backward,
+    relu_backward_reduce,
 )
 
 
@@ -197,3 +199,21 @@ def bn_act_gram_backward(
         product = product + added.to(wide)
     dx = empty_image(x, x.shape, layout).copy_(product)
     return _masked(dx, x, scale, shift, mean, invstd)
+
+
+def relu_backward_conv_wgrad(
+    grad: Tensor,
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    center: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`relu_backward_reduce` of grad and out, and :func:`conv_wgrad` of what it lets through
+    and ``act(x * scale + shift) - center``, of a 1x1 convolution."""
+    g, sum_g = relu_backward_reduce(grad, out)
+    geometry: Any = ([1, 1], [1, 1], [0, 0], [1, 1], 1)
+    nothing = (None, None, None, None)
+    dw = bn_backward_conv_wgrad(g, *nothing, x, scale, shift, center, act, *geometry)
+    return g, sum_g, dw

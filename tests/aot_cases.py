@@ -156,6 +156,7 @@ def add_chain(
     source = (x, into, into, into, "relu")
     add("bn_backward_conv_wgrad", *gradient, *source, [kernel] * 2, *geometry)
     if kernel == 1:
+        add("relu_backward_conv_wgrad", y, y, *source)
         matrix = torch.empty(c, c, dtype=dtype, device="meta")
         rest = (into, "relu", matrix, into, None, into, into)
         add("bn_act_gram_backward", y, weight, x, into, into, *rest)

@@ -6,6 +6,7 @@ that makes few tiles, each range of pixels makes its own, and they are added up 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from fused_resnet.reference import accumulation_dtype
 
-from . import checks, conv_configs
+from . import checks, conv_configs, reductions
 from .conv_gemm import operand
 from .conv_launch import Operand
 from .conv_shapes import ConvShape, channels_last, conv_shape, index_type, precision
 from .launch import arch, cdiv, launch
-from .tiles import alignment
+from .tiles import alignment, relu_backward, wide
 
 
 @triton.jit
@@ -29,11 +30,14 @@ def conv_wgrad_partial(
     grad_scale,
     grad_slope,
     grad_shift,
+    mask_out,  # as grad, which passes only where this is positive; or None
     x,  # images, [batch, x_h, x_w, groups * channels]
     x_scale,  # its prologue, by input channel
     x_shift,
     x_center,
     out,  # [ranges, groups * rows, KERNEL_H * KERNEL_W * channels]
+    passed,  # as grad: what the mask lets through of it; or None
+    sums,  # [ranges, groups * rows], of that by channel; or None
     batch,
     x_h,
     x_w,
@@ -94,6 +98,7 @@ def conv_wgrad_partial(
     in_channel = group * channels + channel
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    sum_g = tl.zeros((BLOCK_M,), dtype=ACC)
     first = tl.program_id(1).to(INDEX) * steps
     for step in range(steps):
         pixel = (first + step) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -101,6 +106,11 @@ def conv_wgrad_partial(
         g_mask = is_pixel[:, None] & is_row[None, :]
         at = (pixel.to(tl.int64) * grad_channels)[:, None] + out_channel[None, :]
         g = tl.load(grad + at, mask=g_mask, other=0.0)
+        if mask_out is not None:
+            g = relu_backward(tl.load(mask_out + at, mask=g_mask, other=0.0), g)
+            if tile < row_tiles:  # of all that read these, one writes them
+                tl.store(passed + at, g, mask=g_mask)
+                sum_g += tl.sum(wide(g), axis=0)
         if grad_scale is not None:
             other = None
             if grad_other is not None:
@@ -140,6 +150,9 @@ def conv_wgrad_partial(
     out += tl.program_id(1).to(tl.int64) * grad_channels * (TAPS * channels)
     out_row = out + (out_channel.to(tl.int64) * (TAPS * channels))[:, None]
     tl.store(out_row + column[None, :], acc, mask=is_row[:, None] & is_column[None, :])
+    if mask_out is not None:  # noqa: SIM102, known when compiling
+        if tile < row_tiles:
+            reductions.put(sums, tl.program_id(1), row, rows, sum_g)
 
 
 @triton.jit
@@ -197,7 +210,17 @@ def conv_wgrad(
     return dw
 
 
-def weight_gradient(shape: ConvShape, grad: Operand, z: Operand, dw: Tensor) -> None:
+class Mask(NamedTuple):
+    """``passed`` becomes what of a gradient passes where ``out`` is positive, ``total`` its sum."""
+
+    out: Tensor
+    passed: Tensor
+    total: Tensor
+
+
+def weight_gradient(
+    shape: ConvShape, grad: Operand, z: Operand, dw: Tensor, mask: Mask | None = None
+) -> None:
     """Into ``dw``; all are channels_last."""
     if dw.numel() == 0:
         return
@@ -211,14 +234,16 @@ def weight_gradient(shape: ConvShape, grad: Operand, z: Operand, dw: Tensor) -> 
     ranges, steps = conv_configs.ranges(tiles, cdiv(shape.pixels, config.k))
     partial = dw if ranges == 1 else dw.new_empty((ranges, dw.numel()))
     row_unit, channel_unit = alignment(rows), channels if packed else alignment(channels)
+    sums = None if mask is None else dw.new_empty((ranges, rows), dtype=torch.float64)
     launch(
         conv_wgrad_partial,
         (tiles, ranges),
         reads=[
             *(grad.x, grad.other, grad.scale, grad.slope, grad.shift),
+            None if mask is None else mask.out,
             *(z.x, z.scale, z.shift, z.center),
         ],
-        writes=[partial],
+        writes=[partial, None if mask is None else mask.passed, sums],
         numbers=[
             shape.batch,
             *shape.size,
@@ -248,3 +273,5 @@ def weight_gradient(shape: ConvShape, grad: Operand, z: Operand, dw: Tensor) -> 
         grid = (cdiv(dw.numel(), 1024),)
         numbers = (dw.numel(), ranges)
         launch(add_ranges, grid, [partial], [dw], numbers, finalizes=True, BLOCK=1024)
+    if mask is not None:
+        reductions.finish([sums], [mask.total])  # type: ignore[list-item]

@@ -34,6 +34,7 @@ from .gram_gradients import gram_gradients
 from .gram_moments import gram_moments
 from .gram_stats import gram_stats
 from .launch import INTERPRETED
+from .relu_backward_conv_wgrad import relu_backward_conv_wgrad
 from .relu_backward_reduce import relu_backward_reduce
 
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (
@@ -65,6 +66,7 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     gram_gradients,
     gram_moments,
     gram_stats,
+    relu_backward_conv_wgrad,
     relu_backward_reduce,
 )
 

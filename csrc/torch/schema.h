@@ -118,6 +118,9 @@ inline constexpr const char* kOps[] = {
     "bn_act_gram_backward(Tensor grad, Tensor weight, Tensor x, Tensor? scale, Tensor? shift,"
     " Tensor center, str act, Tensor matrix, Tensor offset, Tensor? added, Tensor? mean,"
     " Tensor? invstd, int stride=1) -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
+
+    "relu_backward_conv_wgrad(Tensor grad, Tensor out, Tensor x, Tensor? scale, Tensor? shift,"
+    " Tensor? center, str act) -> (Tensor g, Tensor sum_g, Tensor dw)",
 };
 
 inline void declare(torch::stable::detail::StableLibrary& library) {
