@@ -26,7 +26,18 @@ from torch import Tensor
 from . import engines, moments, whole_chain
 from .moments import Moments, count_of, run
 from .native import below_autograd
-from .plan import Kept, Params, Plan, Source, Step, cast_weight, convolve, keeps_output, positions
+from .plan import (
+    Kept,
+    Params,
+    Plan,
+    Source,
+    Step,
+    cast_weight,
+    convolve,
+    is_pointwise,
+    keeps_output,
+    positions,
+)
 from .reference import accumulation_dtype, suggests_channels_last
 from .training_backward import Backward, composite_backward
 from .training_fused import FusedBackward
@@ -162,6 +173,29 @@ def _normalised(
     return _product(plan, step, given, weight, k.scale, k.shift, residual, act)
 
 
+def _joins(plan: Plan, p: Params, last: Kept, own: Kept) -> bool:
+    """Whether the shortcut's convolution is a second product of the one that ends the chain.
+
+    ``last``, ``own``: of that step, and of the shortcut, whose parameters are ``p``.
+    """
+    unmade = last.y is None and own.y is None
+    return plan.fused and unmade and is_pointwise(plan.shortcut, p.weight)  # type: ignore[arg-type]
+
+
+def _with_shortcut(
+    plan: Plan, params: list[Params], kept: list[Kept], given: Source, x: Tensor
+) -> Tensor:
+    """``act(bn(conv(z)) + bn(conv(x)))`` of the last step's input ``given`` and the shortcut's."""
+    step, k, own = plan.steps[-1], kept[-2], kept[-1]
+    last, other = (
+        p.weight if each.weight is None else each.weight
+        for p, each in zip(params[-2:], kept[-2:], strict=True)
+    )
+    args = (*given, last, k.scale, k.shift + own.shift, None, *step.geometry, plan.act)
+    second = (x, other, own.scale, plan.shortcut.stride)  # type: ignore[union-attr]
+    return run("bn_act_conv_bn_act", plan.engine, *args, *second)
+
+
 def _fuses(plan: Plan, x: Tensor, params: list[Params]) -> bool:
     """Whether the chain is run by ops that do to operands and results all that is around them."""
     return (
@@ -261,17 +295,22 @@ def _op_by_op(
             k, count = _end(plan, step, p, given, source)
         kept.append(k)
         counts.append(count)
+    n = len(plan.steps) - 1
+    argmax, joined = None, False
     if plan.shortcut is not None:
         p = params[-1]
         k, count = _end(plan, plan.shortcut, p, Source(x), None)
-        residual = _normalised(plan, plan.shortcut, p, k, Source(x), None, "none")
+        joined = _joins(plan, p, kept[n], k)
+        if not joined:
+            residual = _normalised(plan, plan.shortcut, p, k, Source(x), None, "none")
         kept.append(k)
         counts.append(count)
     elif plan.identity:
         residual = x
-    n = len(plan.steps) - 1
-    k, argmax = kept[n], None
-    if plan.pool is None:
+    k = kept[n]
+    if joined:
+        out = _with_shortcut(plan, params, kept, given, x)
+    elif plan.pool is None:
         out = _normalised(plan, plan.steps[n], params[n], k, given, residual, plan.act)
     else:
         raw = (k.y, k.scale, k.shift, *plan.pool, plan.act)
