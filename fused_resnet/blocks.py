@@ -19,7 +19,15 @@ from torchvision.ops.misc import Conv2dNormActivation as TorchvisionConv2dNormAc
 from . import functional
 from .conditions import BATCH_NORMS, hooked, obstacle, trains
 from .frozen_conv import FrozenConv
-from .modules import chain, conv_bn, conv_bn_chain, convolve, pair_scale_shift
+from .modules import (
+    chain,
+    conv_bn,
+    conv_bn_chain,
+    conv_bn_joined,
+    convolve,
+    joins,
+    pair_scale_shift,
+)
 from .plan import Pool
 from .reference import accumulation_dtype
 
@@ -137,13 +145,18 @@ class Residual(Fused):
             return self.run_training(x)
         if self.downsample is None:
             shortcut = x
-        elif _SHORTCUT in self.pairs():
-            shortcut = self.pair(_SHORTCUT, x)
-        else:
+        elif _SHORTCUT not in self.pairs():
             shortcut = self.downsample(x)
+        elif self.frozen_pairs is None and joins(self.get(_SHORTCUT.conv), x):
+            shortcut = None
+        else:
+            shortcut = self.pair(_SHORTCUT, x)
         y = x
         for p in self.chain:
-            y = self.pair(p, y, shortcut if p.residual else None)
+            if p.residual and shortcut is None:
+                y = conv_bn_joined(self.modules_of(p), self.modules_of(_SHORTCUT), y, x, p.act)
+            else:
+                y = self.pair(p, y, shortcut if p.residual else None)
         return y
 
     def run_training(self, x: Tensor) -> Tensor:

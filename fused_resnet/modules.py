@@ -17,8 +17,9 @@ from .conditions import (
     uses_batch_statistics,
 )
 from .moments import count_batches
+from .native import below_autograd
 from .plan import Plan, Pool, Step
-from .reference import conv_shape
+from .reference import conv_shape, suggests_channels_last
 from .sync_batch_norm import group_of
 from .training import Chain
 
@@ -43,6 +44,34 @@ def conv_bn(
         return vendor.conv_batch_norm_act(x, tensors, bn.eps, residual, *geometry, act)
     scale, shift = pair_scale_shift(conv, bn)
     return convolve(conv, x, scale, shift, residual, act)
+
+
+def joins(shortcut: Any, x: Tensor) -> bool:
+    """Whether the wish has a kernel of two products, for a shortcut's convolution of x. Pure."""
+    wish, kind = engines.wish(), x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    pointwise = shortcut.kernel_size == (1, 1) and shortcut.padding == (0, 0)
+    return (
+        wish not in ("auto", "reference")
+        and engines.why_not(wish, "bn_act_conv_bn_act", kind, dtype) is None
+        and pointwise
+        and shortcut.groups == 1
+        and suggests_channels_last(x)
+    )
+
+
+def conv_bn_joined(
+    pair: tuple[Any, Any], shortcut: tuple[Any, Any], y: Tensor, x: Tensor, act: str
+) -> Tensor:
+    """``act(bn(conv(y)) + bn(conv(x)))`` of both pairs in evaluation, where that :func:`joins`."""
+    (conv, own), (scale, shift) = (pair[0], shortcut[0]), pair_scale_shift(*pair)
+    scale2, shift2 = pair_scale_shift(*shortcut)
+    y, x = _as_autocast(y), _as_autocast(x)
+    first = (None, None, "none", conv.weight.to(y.dtype), scale, shift + shift2, None)
+    second = (x, own.weight.to(y.dtype), scale2, list(own.stride))
+    args = (y, *first, *geometry_of(conv), act, *second)
+    with below_autograd():
+        return engines.implementation("bn_act_conv_bn_act", engines.wish())(*args)
 
 
 def conv_bn_chain(

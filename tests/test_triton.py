@@ -5,11 +5,12 @@ import threading
 import pytest
 import torch
 from cases import Source, assert_identical, channels_last, copied, of_tensors, shadow
+from models import basic, bottleneck, double, images
 from tolerances import judge
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from fused_resnet import engines, functional, use_engine
+from fused_resnet import engines, functional, fuse, use_engine
 
 if (why := engines.unavailable("triton")) is not None:
     pytest.skip(f"no triton engine: {why}", allow_module_level=True)
@@ -147,6 +148,23 @@ def test_on_many_threads_at_once(op):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "build", [bottleneck, lambda seed: bottleneck(seed, stride=2), lambda seed: basic(seed, 32)]
+)
+def test_a_projection_is_a_second_product(build):
+    """In inference: of the convolution that ends the block, whose output it would be added to."""
+    found = []
+    for seed in range(3):
+        block, x = build(seed), channels_last(images(seed, 2, 9, channels=24))
+        with torch.no_grad(), launch.recording() as launches:
+            exact, eager = double(block, x), block(x)
+            with use_engine("triton"):
+                found.append((fuse(block)(x), eager, exact))
+        kernels = [this.kernel.fn.__name__ for this in launches]
+        assert kernels.count("conv_gemm") == len(block.chain)
+    judge(*zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("pool", [False, True], ids=["", "maxpool"])
