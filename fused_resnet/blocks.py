@@ -16,15 +16,18 @@ from torch.nn.modules.utils import _pair
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import Conv2dNormActivation as TorchvisionConv2dNormActivation
 
-from . import functional
+from . import engines, functional
 from .conditions import BATCH_NORMS, hooked, obstacle, trains
 from .frozen_conv import FrozenConv
 from .modules import (
+    as_autocast,
     chain,
     conv_bn,
     conv_bn_chain,
     conv_bn_joined,
     convolve,
+    convolve_pooled,
+    geometry_of,
     joins,
     pair_scale_shift,
 )
@@ -208,32 +211,29 @@ class Stem(Fused):
         return super().obstacle(x)
 
     def stem(self, x: Tensor) -> Tensor:
-        """``maxpool(relu(bn1(conv1(x))))``: the convolution's output is read once, as it is."""
-        pool = self.maxpool
+        """``maxpool(relu(bn1(conv1(x))))``: the convolution's output is read once, as it is; where
+        the engine that is asked for has an op for all of it, not at all."""
+        conv, maxpool = self.conv1, self.maxpool
+        sizes = (maxpool.kernel_size, maxpool.stride, maxpool.padding, maxpool.dilation)
+        kernel, stride, padding, dilation = (list(_pair(size)) for size in sizes)
+        pool = Pool(kernel, stride, padding, dilation, maxpool.ceil_mode)
         if self.frozen_pairs is not None:
+            own = (conv.weight, conv.scale, conv.shift, conv.geometry)
+            if not hooked(conv) and (y := convolve_pooled(conv.engine, x, *own, pool)) is not None:
+                return y
             y, act = self.pair(self.frozen_pairs[0], x), "none"
             # Nothing is left to do but to pool, in which ours is twice as fast as torch.
             scale = y.new_ones(y.size(1), dtype=accumulation_dtype(y.dtype))
             shift = torch.zeros_like(scale)
         elif self.trains(x):
-            sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-            kernel, stride, padding, dilation = (list(_pair(size)) for size in sizes)
-            pooling = Pool(kernel, stride, padding, dilation, pool.ceil_mode)
-            return chain([(self.conv1, self.bn1)], x, pool=pooling, memory=self.memory)
+            return chain([(conv, self.bn1)], x, pool=pool, memory=self.memory)
         else:
-            y, act = convolve(self.conv1, x), "relu"
-            scale, shift = pair_scale_shift(self.conv1, self.bn1)
-        return functional.bn_act_maxpool(
-            y,
-            scale,
-            shift,
-            pool.kernel_size,
-            pool.stride,
-            pool.padding,
-            pool.dilation,
-            pool.ceil_mode,
-            act,
-        )
+            scale, shift = pair_scale_shift(conv, self.bn1)
+            own = (conv.weight, scale, shift, geometry_of(conv))
+            if (y := convolve_pooled(engines.wish(), as_autocast(x), *own, pool)) is not None:
+                return y
+            y, act = convolve(conv, x), "relu"
+        return functional.bn_act_maxpool(y, scale, shift, *pool, act)
 
 
 #: On a CPU a frozen ResNet takes a batch through its large images in slices of about this many

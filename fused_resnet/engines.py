@@ -64,6 +64,8 @@ CHAIN_OPS = (
 )
 #: Of them, what saves a pass where an engine has it, and is done in two ops where it has not.
 SPARING_OPS = ("relu_backward_conv_wgrad",)
+#: Those that pool what they convolve where an engine has them, see :func:`pools`.
+POOL_OPS = ("conv_bn_act_maxpool",)
 # What torch has convolutions for, our kernels being around them.
 _CONVOLUTIONS = ("conv_bn_act", "conv_dgrad", "conv_wgrad")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -77,7 +79,7 @@ _HAS_MATRIX_UNITS = "amx-bf16" in cpu_features()
 def registered(namespace: str, key: str) -> frozenset[str]:
     """The ops that a namespace implements for a dispatch key."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(op for op in OPS + CHAIN_OPS if has(f"{namespace}::{op}", key))
+    return frozenset(op for op in OPS + CHAIN_OPS + POOL_OPS if has(f"{namespace}::{op}", key))
 
 
 class Library(NamedTuple):
@@ -231,6 +233,15 @@ def fuses(engine: str, device: str, dtype: torch.dtype) -> bool:
     return engine != "auto" and all(why_not(engine, op, device, dtype) is None for op in needed)
 
 
+def pools(op: str, engine: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether ``op`` of POOL_OPS is run on the wish ``engine``, and not its two steps. Pure.
+
+    Untuned it is not: nothing is measured yet.
+    """
+    own = engine in LIBRARIES and engine != "vendor"
+    return own and why_not(engine, op, device, dtype) is None
+
+
 def runs_whole(engine: str, device: str, dtype: torch.dtype) -> bool:
     """Whether a chain may be trained by one op each way on the wish ``engine``. Pure.
 
@@ -280,6 +291,7 @@ def implementation(op: str, engine: str) -> Callable[..., Any]:
         return getattr(vendor, op)
     implemented = getattr(getattr(torch.ops, LIBRARIES[engine].namespace), op).default
     # Triton's kernels are launched from Python, and ask there.
-    if op.removesuffix("_") in _CONVOLUTIONS and engine != "triton" and allows_tf32():
+    multiplies = op in POOL_OPS or op.removesuffix("_") in _CONVOLUTIONS
+    if multiplies and engine != "triton" and allows_tf32():
         return functools.partial(implemented, tf32=True)
     return implemented

@@ -82,7 +82,7 @@ def conv_bn_chain(
         return conv_bn(conv, bn, x, act, residual)
     if residual is None:
         return chain([(conv, bn)], x, act=act)
-    x = _as_autocast(x)
+    x = as_autocast(x)
     shape = conv_shape(x.shape, conv.weight.shape, *geometry_of(conv)[:3])
     if residual.dtype == x.dtype and residual.shape == shape:
         return chain([(conv, bn)], x, residual, act=act)
@@ -120,10 +120,10 @@ def chain(
     group = max(groups, key=lambda g: g is not None)
     own = steps.pop() if shortcut is not None else None
     plan = Plan(tuple(steps), own, identity, act, pool, engines.wish(), group, memory)
-    return Chain.apply(plan, _as_autocast(x), residual, *tensors)
+    return Chain.apply(plan, as_autocast(x), residual, *tensors)
 
 
-def _as_autocast(x: Tensor) -> Tensor:
+def as_autocast(x: Tensor) -> Tensor:
     """What autocast would have a convolution read."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
@@ -161,6 +161,26 @@ def convolve(
         conv.groups,
         act,
     )
+
+
+def convolve_pooled(
+    engine: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    geometry: tuple[list[int], list[int], list[int], int],
+    pool: Pool,
+) -> Tensor | None:
+    """``maxpool(relu(conv(x) * scale + shift))`` as one op, or None where ``engine`` has none."""
+    op = "conv_bn_act_maxpool"
+    *pairs, groups = geometry
+    if groups != 1 or not engines.pools(op, engine, x.device.type, x.dtype):
+        return None
+    with below_autograd():
+        return engines.implementation(op, engine)(
+            x, weight.to(x.dtype), scale, shift, *pairs, *pool, "relu"
+        )
 
 
 class BatchNormAct2d(nn.BatchNorm2d):

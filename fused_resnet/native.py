@@ -142,6 +142,28 @@ def _fake_conv_bn_act(
     return reference.empty_image(x, y.shape, x, weight)
 
 
+def _fake_conv_bn_act_maxpool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    kernel_size: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+    pool_dilation: list[int],
+    ceil_mode: bool,
+    act: str,
+    tf32: bool = False,
+) -> Tensor:
+    y = F.conv2d(x, weight, None, stride, padding, dilation)
+    windows = (kernel_size, pool_stride, pool_padding, pool_dilation)
+    y = F.max_pool2d(y, *windows, ceil_mode=ceil_mode)
+    return reference.empty_image(x, y.shape, x, weight)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "eltwise_act": _fake_eltwise_act,
     "bn_scale_shift": _fake_bn_scale_shift,
@@ -152,6 +174,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "global_avg_pool": _fake_global_avg_pool,
     "conv_pack": _fake_conv_pack,
     "conv_bn_act": _fake_conv_bn_act,
+    "conv_bn_act_maxpool": _fake_conv_bn_act_maxpool,
     **native_training.FAKES,
     **native_chain.FAKES,
     **whole_chain.FAKES,

@@ -169,3 +169,27 @@ def conv_bn_act(
     if residual is not None:
         y = y + residual.to(dtype)
     return _in_format_of(_act(y, act).to(x.dtype), x, weight)
+
+
+def conv_bn_act_maxpool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    ceil_mode: bool,
+    act: str,
+) -> Tensor:
+    """``max_pool2d(act(conv2d(x, weight) * scale[c] + shift[c]))``; kernel_size is the pool's."""
+    dtype = accumulation_dtype(x.dtype)
+    geometry = (stride, padding, dilation, 1, act)
+    y = conv_bn_act(x.to(dtype), weight.to(dtype), scale, shift, None, *geometry)
+    size, step, pad, gap = map(list, (kernel_size, pool_stride, pool_padding, pool_dilation))
+    y = F.max_pool2d(y, size, step, pad, gap, ceil_mode=ceil_mode)
+    return _in_format_of(y.to(x.dtype), x, weight)

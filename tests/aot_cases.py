@@ -165,7 +165,20 @@ def add_chain(
         add("bn_act_gram_backward", y, weight, wide, None, None, *rest)
 
 
+def add_stem(
+    dtype: torch.dtype, x: tuple[int, ...], k: int, kernel: int, stride: int, size: int, step: int
+) -> None:
+    image_of = image(*x, dtype=dtype, layout=torch.channels_last)
+    weight = image(k, x[1], kernel, kernel, dtype=dtype, layout=torch.channels_last)
+    geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1])
+    pool = ([size] * 2, [step] * 2, [size // 2] * 2, [1, 1])
+    of = vector(k, dtype)
+    add("conv_bn_act_maxpool", image_of, weight, of, of, *geometry, *pool, False, "relu")
+    add("conv_bn_act_maxpool", image_of, weight, None, None, *geometry, *pool, True, "none")
+
+
 for dtype in DTYPES:
+    add_stem(dtype, (32, 3, 224, 224), 64, 7, 2, 3, 2)
     every = dtype in (torch.bfloat16, torch.float32)
     for convolution in CONVOLUTIONS if every else CONVOLUTIONS[:3]:
         add_convolution(dtype, *convolution)
@@ -190,6 +203,8 @@ x, one = torch.empty(1, dtype=dtype, device="meta"), vector(1, dtype)
 for coeff in (None, [5e-324]):  # whose bits are a one
     add("eltwise_act", [x], "sum", coeff, "none")
     add("eltwise_act_backward", x, [x], None, "sum", coeff, "none")
+add_stem(dtype, (1, 1, 1, 1), 1, 1, 1, 1, 1)
+add_stem(dtype, (1, 8, 9, 9), 24, 3, 1, 19, 1)
 add("bn_finalize", one, one, 5e-324, *[one] * 4, 5e-324, 5e-324)
 add("bn_scale_shift", one, one, one, one, 5e-324)
 for convolution in (

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fused_resnet
 from bench import launches, report
 from bench.launches import EAGER, Count, Launch, tally
+from fused_resnet import engines
 
 N, C, K, HW = 4, 8, 16, 5 * 6
 
@@ -146,6 +147,16 @@ def test_eager_resnet50():
     assert found.large == forward
     found = launches.count("resnet50", EAGER, True, torch.float32, 3, 64)
     assert found.large == forward + backward + sums
+
+
+def test_triton_stores_no_image_in_the_stem():
+    if (why_not := engines.unavailable("triton")) is not None:
+        pytest.skip(f"no triton engine: {why_not}")
+    given = ("resnet18", False, torch.bfloat16, 2, 64)
+    ours, in_steps = (launches.count(given[0], e, *given[1:]) for e in ("triton", "native"))
+    assert ours.kernels["conv_bn_act_maxpool"] == 1
+    assert ours.large == in_steps.large - 1
+    assert in_steps.bytes - ours.bytes >= 2 * 2 * (2 * 64 * 32 * 32)  # written and read
 
 
 def test_fused_moves_less():

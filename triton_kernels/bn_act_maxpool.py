@@ -88,7 +88,7 @@ def run(
     pool.check(op)
     if with_argmax:
         pool.check_positions(op)
-    height, width = pool.output_size(op, x, ceil_mode)
+    height, width = pool.output_size(op, x.shape, ceil_mode)
     shape = (*x.shape[:2], height, width)
     out = empty_image(x, shape, x)
     argmax = torch.empty_like(out, dtype=torch.uint8) if with_argmax else None

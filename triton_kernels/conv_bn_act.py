@@ -8,24 +8,22 @@ from fused_resnet.reference import accumulation_dtype, empty_image
 
 from . import checks
 from .conv_launch import Epilogue, Operand, forward
-from .conv_shapes import channels_last, check_weight, conv_shape, for_writing
+from .conv_shapes import ConvShape, channels_last, check_weight, conv_shape, for_writing
 
 
-def conv_bn_act(
+def checked(
+    op: str,
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    residual: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     act: str,
-    packed: Tensor | None = None,
-) -> Tensor:
-    """See :func:`fused_resnet.reference.conv_bn_act`; ``packed`` is not read."""
-    op = "conv_bn_act"
+) -> tuple[ConvShape, Tensor | None, Tensor | None]:
+    """The convolution, and scale and shift dense."""
     checks.check_dim(op, "x", x, 4)
     checks.check_dtype(op, "x", x)
     checks.check_act(op, act)
@@ -43,6 +41,26 @@ def conv_bn_act(
     out_vector = (shape.out_channels, accumulation_dtype(x.dtype), x)
     scale = None if scale is None else checks.vector(op, "scale", scale, *out_vector)
     shift = None if shift is None else checks.vector(op, "shift", shift, *out_vector)
+    return shape, scale, shift
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """See :func:`fused_resnet.reference.conv_bn_act`; ``packed`` is not read."""
+    op = "conv_bn_act"
+    geometry = (stride, padding, dilation, groups)
+    shape, scale, shift = checked(op, x, weight, scale, shift, *geometry, act)
     if residual is not None:
         checks.check_like(op, "residual", residual, x)
         checks.check_sizes(op, "residual", residual, shape.out_sizes)

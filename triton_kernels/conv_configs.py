@@ -49,6 +49,10 @@ WGRAD_WIDE = (Config(64, 64, 16, 8, 2), Config(16, 64, 16, 4, 2))
 GRAM_HALF = (Config(64, 64, 32, 4, 3),)
 GRAM_WIDE = (Config(64, 64, 16, 8, 2),)
 
+#: Of conv_bn_act_maxpool, whose rows are the pixels that a tile of windows reads.
+POOLED_HALF = (Config(256, 64, 16, 16, 2),)
+POOLED_WIDE = (Config(128, 64, 16, 8, 2),)
+
 #: Programs that fill any GPU with two on each of its processors, or nearly.
 _PROGRAMS = 264
 #: Steps below which a range of pixels is not worth its partial result.
@@ -88,6 +92,11 @@ def wgrad(rows: int, columns: int, dtype: torch.dtype, arch: int, packed: bool) 
 def gram(channels: int, dtype: torch.dtype, arch: int) -> Config:
     """For a matrix of so many channels."""
     return chosen(_by_type(GRAM_HALF, GRAM_WIDE, dtype), 0)
+
+
+def pooled(dtype: torch.dtype) -> Config:
+    """For windows over a convolution's output."""
+    return chosen(_by_type(POOLED_HALF, POOLED_WIDE, dtype), 0)
 
 
 def ranges(tiles: int, steps: int) -> tuple[int, int]:

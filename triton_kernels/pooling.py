@@ -65,11 +65,12 @@ class Pooling(NamedTuple):
         # The last window has to begin inside the input or its left padding.
         return out - 1 if ceil_mode and (out - 1) * step >= size + pad else out
 
-    def output_size(self, op: str, x: Tensor, ceil_mode: bool) -> tuple[int, int]:
-        height, width = (self.length(x.size(2 + i), i, ceil_mode) for i in (0, 1))
+    def output_size(self, op: str, sizes: Sequence[int], ceil_mode: bool) -> tuple[int, int]:
+        """Of an input of ``sizes``."""
+        height, width = (self.length(sizes[2 + i], i, ceil_mode) for i in (0, 1))
         if height <= 0 or width <= 0:
             size = list(self.kernel_size)
-            fail(op, f"kernel_size {size} is larger than the padded input {list(x.shape)}")
+            fail(op, f"kernel_size {size} is larger than the padded input {list(sizes)}")
         return height, width
 
     def check_pooled(
