@@ -4,15 +4,16 @@
 copy for serving. See the README.
 """
 
+__version__ = "0.1.0"
+
 from . import engines, functional, models
 from .blocks import BasicBlock, Bottleneck
 from .convert import fuse, report, unfuse
 from .engines import use_engine
 from .freeze import freeze
+from .frozen_file import load_frozen, save_frozen
 from .modules import AddAct, BatchNormAct2d, ConvBNAct2d
 from .sync_batch_norm import SyncBatchNorm
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AddAct",
@@ -25,8 +26,10 @@ __all__ = [
     "freeze",
     "functional",
     "fuse",
+    "load_frozen",
     "models",
     "report",
+    "save_frozen",
     "unfuse",
     "use_engine",
 ]

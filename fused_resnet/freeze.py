@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .blocks import Fused
+from .blocks import Fused, Pair
 from .conditions import pair_obstacle, plain, uses_batch_statistics
 from .convert import fuse, unfuse
 from .frozen_conv import FrozenConv
@@ -69,15 +69,46 @@ class Frozen(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _freeze_block(m: Fused, dtype: torch.dtype) -> None:
+#: Makes a pair's layer: of its convolution, its BatchNorm, what follows them, the path it will have
+#: and its dtype.
+MakeLayer = Callable[[Any, Any, Pair, str, torch.dtype], FrozenConv]
+
+
+def _freeze_block(m: Fused, path: str, make: MakeLayer, dtype: torch.dtype) -> None:
     pairs = m.pairs()
     for p in pairs:
-        path, _, name = p.conv.rpartition(".")
+        parent, _, name = p.conv.rpartition(".")
         bn_name = p.bn.rpartition(".")[2]
-        owner = m.get(path) if path else m
-        owner._modules[name] = FrozenConv(m.get(p.conv), m.get(p.bn), dtype)
+        owner = m.get(parent) if parent else m
+        within = f"{path}.{p.conv}".lstrip(".")
+        owner._modules[name] = make(m.get(p.conv), m.get(p.bn), p, within, dtype)
         owner._modules[bn_name] = nn.Identity()
     m.frozen_pairs = pairs
+
+
+def frozen_copy(op: str, model: nn.Module, dtype: torch.dtype | None, make: MakeLayer) -> Frozen:
+    """A copy in which each pair that can be fused is the layer ``make`` made of it; not tuned."""
+    frozen_model = fuse(copy.deepcopy(model)).eval()
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {t.device for t in tensors if t.dtype.is_floating_point}
+    convolutions = {m.weight.dtype for m in model.modules() if isinstance(m, nn.Conv2d)}
+    if len(devices) > 1 or len(convolutions) > 1:
+        raise RuntimeError(
+            f"{op}: model must be on one device with convolutions of one dtype, got "
+            f"{sorted(map(str, devices))} and {sorted(map(str, convolutions))}"
+        )
+    device = devices.pop() if devices else torch.device("cpu")
+    own = convolutions.pop() if convolutions else torch.get_default_dtype()
+    dtype = dtype or own
+    with torch.no_grad():
+        for path, m in list(frozen_model.named_modules()):
+            if isinstance(m, Fused) and not _static_obstacle(m):
+                _freeze_block(m, path, make, dtype)
+        frozen_model.requires_grad_(False)
+        for m in frozen_model.modules():
+            if not isinstance(m, FrozenConv):
+                m._apply(lambda t: _cast(t, dtype), recurse=False)
+    return Frozen(frozen_model, dtype, device)
 
 
 def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) -> Frozen:
@@ -116,32 +147,14 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
                 "call model.eval() first"
             )
     inputs = example if isinstance(example, tuple) else (example,)
-    frozen_model = fuse(copy.deepcopy(model))
-    tensors = [*model.parameters(), *model.buffers()]
-    kinds = {(t.dtype, t.device) for t in tensors if t.dtype.is_floating_point}
-    convolutions = {m.weight.dtype for m in model.modules() if isinstance(m, nn.Conv2d)}
-    devices = {device for _, device in kinds}
-    if len(devices) > 1 or len(convolutions) > 1:
-        raise RuntimeError(
-            f"freeze: model must be on one device with convolutions of one dtype, got "
-            f"{sorted(map(str, devices))} and {sorted(map(str, convolutions))}"
-        )
-    device = devices.pop() if devices else torch.device("cpu")
-    own = convolutions.pop() if convolutions else torch.get_default_dtype()
-    dtype = dtype or own
+    frozen = frozen_copy(
+        "freeze", model, dtype, lambda conv, bn, p, path, kind: FrozenConv.of(conv, bn, kind)
+    )
     with torch.no_grad():
-        for m in list(frozen_model.modules()):
-            if isinstance(m, Fused) and not _static_obstacle(m):
-                _freeze_block(m, dtype)
-        frozen_model.requires_grad_(False)
-        for m in frozen_model.modules():
-            if not isinstance(m, FrozenConv):
-                m._apply(lambda t: _cast(t, dtype), recurse=False)
-        frozen = Frozen(frozen_model, dtype, device)
-        served = tree_map(lambda t: _cast(t, dtype), inputs)
-        if device.type in ("cpu", "cuda"):
+        served = tree_map(lambda t: _cast(t, frozen.dtype), inputs)
+        if frozen.device.type in ("cpu", "cuda"):
             _tune(frozen, served)
-        frozen.errors = _errors(model, frozen, inputs, served, dtype)
+        frozen.errors = _errors(model, frozen, inputs, served, frozen.dtype)
     return frozen
 
 

@@ -26,6 +26,19 @@ TUNE_ROUNDS = 3
 TUNE_MARGIN = 1.1
 
 
+def untuned(device: torch.device, dtype: torch.dtype) -> str:
+    """The engine of a layer that nothing was measured on."""
+    return engines.choose("conv_bn_act", device.type, dtype)
+
+
+def can_run(engine: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a layer can be on an engine here, of those that :func:`freeze` chooses from."""
+    if engine == CUDNN:
+        return device.type == "cuda"
+    known = engine in engines.LIBRARIES
+    return known and engines.why_not(engine, "conv_bn_act", device.type, dtype) is None
+
+
 def _unrecorded(op: Callable[..., Tensor], *args: Any) -> Tensor:
     """Call an op, past what would ask for gradients where there are none."""
     if torch.is_grad_enabled():
@@ -63,21 +76,43 @@ class FrozenConv(nn.Module):
     scale: Tensor | None
     shift: Tensor
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor,
+        geometry: tuple[list[int], list[int], list[int], int],
+    ) -> None:
         super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.geometry = geometry
+        self.engine = untuned(weight.device, weight.dtype)
+        self.failed: dict[str, str] = {}
+        self._packed: Tensor | None = None
+        self._folded: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype) -> "FrozenConv":
+        """What a convolution and its BatchNorm are now, in ``dtype``."""
         live_scale, live_shift = pair_scale_shift(conv, bn)
         scale = live_scale.to(accumulation_dtype(dtype))
         weight = conv.weight.detach().to(dtype)
         folded = _fold(weight, scale) if dtype == scale.dtype else None
         weight = (weight if folded is None else folded).clone(memory_format=torch.channels_last)
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale if folded is None else None)
-        self.register_buffer("shift", live_shift.to(scale.dtype))
-        self.geometry = geometry_of(conv)
-        self.engine = engines.choose("conv_bn_act", weight.device.type, dtype)
-        self.failed: dict[str, str] = {}
-        self._packed: Tensor | None = None
-        self._folded: tuple[Tensor, Tensor] | None = None
+        kept = scale if folded is None else None
+        return cls(weight, kept, live_shift.to(scale.dtype), geometry_of(conv))
+
+    @classmethod
+    def empty(cls, conv: nn.Conv2d, folded: bool, dtype: torch.dtype) -> "FrozenConv":
+        """One whose tensors are yet to be loaded: on the meta device."""
+        weight = torch.empty(
+            conv.weight.shape, dtype=dtype, device="meta", memory_format=torch.channels_last
+        )
+        shift = weight.new_empty(conv.out_channels, dtype=accumulation_dtype(dtype))
+        scale = None if folded else torch.empty_like(shift)
+        return cls(weight, scale, shift, geometry_of(conv))
 
     @property
     def folded(self) -> bool:
@@ -102,15 +137,10 @@ class FrozenConv(nn.Module):
 
     def candidates(self, x: Tensor, act: str, residual: Tensor | None) -> list[str]:
         """The engines that can run this layer on ``x``, the untuned choice first."""
-        device, dtype = x.device.type, x.dtype
-        first = engines.choose("conv_bn_act", device, dtype)
+        first = untuned(x.device, x.dtype)
         # Triton's kernels run on a CPU too, interpreted.
         names = ("native", "triton", "vendor") if x.is_cuda else ("native", "vendor")
-        others = [
-            name
-            for name in names
-            if name != first and engines.why_not(name, "conv_bn_act", device, dtype) is None
-        ]
+        others = [name for name in names if name != first and can_run(name, x.device, x.dtype)]
         return [first, *others, *([CUDNN] if self._cudnn_serves(x, act, residual) else [])]
 
     def _for_cudnn(self, x: Tensor, act: str, residual: Tensor | None) -> tuple[Any, ...] | None:

@@ -144,7 +144,7 @@ def layer(dtype=torch.float32):
     conv, bn = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8).eval()
     with torch.no_grad():
         bn.running_var.uniform_(0.5, 2)
-        return FrozenConv(conv, bn, dtype)
+        return FrozenConv.of(conv, bn, dtype)
 
 
 def test_untuned_layer():
