@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -162,23 +163,28 @@ def test_refused(frozen, do, message):
     assert torch.equal(frozen(x), expected)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_threads(frozen, engine):
-    """Four threads call one model, starting before its weights are packed."""
-    model = on(copy.deepcopy(frozen), engine)
-    x = [images(seed, 1, 33) for seed in range(4)]
-    expected = [on(frozen, engine)(t) for t in x]
-    wrong, start = [], threading.Barrier(4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("engines", [("native",), ("vendor",), ENGINES], ids=str)
+def test_threads(source, engines, dtype):
+    """Eight threads call one model, starting before its weights are packed, each with a shape of
+    its own, one of them with a batch that is taken in slices: bit by bit as one thread alone."""
+    model = fused_resnet.freeze(source, example=images(0, 1, 33).to(dtype), dtype=dtype)
+    for i, m in enumerate(frozen_layers(model)):
+        m.engine = engines[i % len(engines)]
+    x = [images(seed, 1 + seed % 3, 33 + 4 * seed).to(dtype) for seed in range(7)]
+    x.append(images(7, 200, 33).to(dtype))
+    expected = [copy.deepcopy(model)(t) for t in x]
+    for m in frozen_layers(model):
+        m.forget()
+    wrong, start = [], threading.Barrier(len(x))
 
     def work(i):
         start.wait()
-        for _ in range(20):
+        for _ in range(2 if len(x[i]) > 8 else 12):
             if not torch.equal(model(x[i]), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(len(x)) as pool:
+        done = [pool.submit(work, i) for i in range(len(x))]
+    assert [future.exception() for future in done] == [None] * len(x)
     assert not wrong
