@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from . import models
-from .command import CommandError
+from .command import CommandError, require
 
 MODELS: tuple[str, ...] = tuple(models.__all__)
 
@@ -28,19 +28,23 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
 
 def from_file(name: str, path: Path) -> nn.Module:
-    """The network with a checkpoint: a state_dict, alone or under "state_dict" or "model".
+    """torchvision's network of that name with a checkpoint, see :func:`read`."""
+    state = read(path)
+    model = build(name, **classes_of(state))
+    fill(model, state, name, path)
+    return model.eval()
 
-    The file is read with ``weights_only=True``: nothing in it is executed.
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: a state_dict, alone or under "state_dict" or "model".
+
+    Nothing in the file is executed: it is safetensors by its name, or read with
+    ``weights_only=True``.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
     except OSError as error:
         raise CommandError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # torch.load fails on bad files in every way there is
-        raise CommandError(
-            f"{path}: not a file of weights, or damaged (read with weights_only=True): "
-            f"{_gist(error)}"
-        ) from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -48,15 +52,45 @@ def from_file(name: str, path: Path) -> nn.Module:
         isinstance(key, str) and isinstance(t, Tensor) for key, t in found.items()
     ):
         raise CommandError(f"{path}: holds a {type(found).__name__}, not a state_dict of tensors")
-    state = {key.removeprefix("module."): tensor for key, tensor in found.items()}
+    return {key.removeprefix("module."): tensor for key, tensor in found.items()}
+
+
+def _safetensors(path: Path) -> Any:
+    require("serve", "safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise CommandError(f"{path}: not a safetensors file, or damaged: {error}") from error
+
+
+def _pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load fails on bad files in every way there is
+        raise CommandError(
+            f"{path}: not a file of weights, or damaged (read with weights_only=True): "
+            f"{_gist(error)}"
+        ) from error
+
+
+def classes_of(state: dict[str, Tensor]) -> dict[str, int]:
+    """What a network of these weights is to be built with."""
     head = state.get("fc.weight")
-    model = build(name, num_classes=len(head) if head is not None and head.dim() == 2 else 1000)
+    return {"num_classes": len(head)} if head is not None and head.dim() == 2 else {}
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> None:
+    """Load the tensors of the file ``path`` into a network; it must have all of them."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         why = " ".join(line.strip() for line in str(error).splitlines()[1:])
         raise CommandError(f"{path}: does not fit {name}: {why[:200]}") from error
-    return model.eval()
 
 
 def _gist(error: BaseException) -> str:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, demo, engines, facts
+from . import __version__, demo, engines, facts, serving
 from .command import CommandError
 
 
@@ -15,7 +15,11 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
     commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("info", help="versions, engines and why not, instruction set, GPU, build")
+    told = commands.add_parser(
+        "info", help="versions, engines and why not, instruction set, GPU, build"
+    )
+    told.set_defaults(run=run_info)
+    serving.add_commands(commands)
     shown = commands.add_parser(
         "demo",
         help="run a ResNet fused on photographs, check it against torchvision, time it",
@@ -24,17 +28,21 @@ def parser() -> argparse.ArgumentParser:
         "status 1: something failed, an error outside the rule included.",
     )
     demo.add_arguments(shown)
+    shown.set_defaults(run=demo.run)
     return result
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Run ``info``."""
+    print(facts.info())
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program: 0 done, 1 failed, 2 wrong usage."""
     args = parser().parse_args(argv)
     try:
-        if args.command == "info":
-            print(facts.info())
-            return 0
-        return demo.run(args)
+        return args.run(args)
     except (CommandError, engines.EngineError) as error:
         print(f"fused-resnet: {error}", file=sys.stderr)
         return 1

@@ -42,11 +42,15 @@ class Report(list[Entry]):
     def unfused(self) -> "list[Entry]":
         return [e for e in self if not e.fused]
 
+    @property
+    def summary(self) -> str:
+        """How many are fused, in words."""
+        return f"{len(self) - len(self.unfused)} of {len(self)} conv/BatchNorm pairs fused"
+
     def __str__(self) -> str:
         width = max((len(e.conv) for e in self), default=0)
         lines = [f"{e.conv:<{width}}  {e.reason or 'fused'}" for e in self]
-        total = f"{len(self) - len(self.unfused)} of {len(self)} conv/BatchNorm pairs fused"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, self.summary])
 
 
 def _check_model(op: str, model: nn.Module) -> None:
