@@ -47,7 +47,9 @@ def ninja_lines(variables, module, cuda):
     edge(module, "link", objects("csrc/python/*.cpp", "$python $facts") + kernels, "")
     if cuda:
         ops = objects("csrc/torch/ops_cuda.cpp", "$cuda_glue")
-        ops += objects("csrc/kernels/cuda/*.cu", rule="nvcc")
+        hopper = "csrc/kernels/cuda/conv_wgmma.cu"
+        ops += objects("csrc/kernels/cuda/*.cu", "$gencode", "nvcc", but=hopper)
+        ops += objects(hopper, "$sm_90a", "nvcc")
         edge("_ops_cuda.so", "link", ops, "$cuda_libs")
     return lines
 

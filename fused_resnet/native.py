@@ -137,6 +137,7 @@ def _fake_conv_bn_act(
     act: str,
     packed: Tensor | None = None,
     tf32: bool = False,
+    wgmma: bool = False,
 ) -> Tensor:
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     return reference.empty_image(x, y.shape, x, weight)

@@ -82,7 +82,7 @@ def include_flags(compiler: str) -> list[str]:
 def ninja_lines(compiler: str, folder: str, build: list[str]) -> list[str]:
     """The driver of the emulator's own checks, and the library of the engine."""
     common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DFUSED_RESNET_SIMT", *build]
-    common += [*include_flags(compiler), "-include", "tests/simt/mma.h"]
+    common += [*include_flags(compiler), "-include", "tests/simt/wgmma.h"]
     common += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     path = torch.__path__[0]
     flags = {

@@ -20,6 +20,8 @@ AUXILIARY = {
     "conv_dgrad_": "conv_dgrad",
     "conv_pack": "conv_bn_act",
 }
+#: Arguments that say how, not what: they are chosen, and not the user's.
+INTERNAL = ("packed", "tf32", "wgmma")
 #: What training.py is, op by op, in one: no kernel of its own, hence no engine's choice.
 WHOLE = tuple(whole_chain.FAKES)
 #: What not every engine has.
@@ -38,7 +40,7 @@ def signature(function):
     return [
         name
         for name in function.__code__.co_varnames[: function.__code__.co_argcount]
-        if name not in ("packed", "tf32")
+        if name not in INTERNAL
     ]
 
 
@@ -63,9 +65,7 @@ def test_op_stands_in_every_column(op):
     specification = engines.implementation(op, "reference")
     assert (ROOT / "tests" / f"test_{op}.py").is_file(), "no tests"
     schema = getattr(torch.ops.fused_resnet, op).default._schema
-    names = [
-        argument.name for argument in schema.arguments if argument.name not in ("packed", "tf32")
-    ]
+    names = [argument.name for argument in schema.arguments if argument.name not in INTERNAL]
     assert signature(specification) == names
     if op in engines.INFERENCE_OPS:
         assert op in functional.__all__, "not in functional"
@@ -88,7 +88,8 @@ def test_cuda_and_triton_kernels_are_named_after_ops():
     shared = {"bn_gradient", "checks", "launch", "ops", "pooling", "reductions", "tiles"}
     shared |= {f"conv_{name}" for name in ("chain", "configs", "gemm", "launch", "shapes", "sums")}
     for path in [*(KERNELS / "cuda").glob("*.cu"), *(ROOT / "triton_kernels").glob("[a-z]*.py")]:
-        assert path.stem in DECLARED or (path.suffix == ".py" and path.stem in shared), path
+        others = shared if path.suffix == ".py" else {"conv_wgmma"}  # conv_bn_act's second body
+        assert path.stem in DECLARED or path.stem in others, path
 
 
 def test_kernels_include_no_framework():

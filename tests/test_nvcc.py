@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from simt_engine import toolkit
 
-KERNELS = Path(__file__).resolve().parent.parent / "csrc" / "kernels" / "cuda"
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+LIBRARY = ROOT / "fused_resnet" / "_ops_cuda.so"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+HOPPER = {"conv_wgmma"}  # of instructions that sm_90a alone has
 
 
 class Usage(NamedTuple):
@@ -46,6 +50,7 @@ BUDGET = {
     "relu_backward_reduce": Budget(registers=96, shared=8192, wide=8),
     "bn_act_gram": Budget(registers=128, shared=2048, wide=None),
     "conv_bn_act": Budget(registers=168, wide=None),
+    "conv_wgmma": Budget(registers=112, wide=None),  # two blocks of 288 threads
     "conv_pack": Budget(registers=64),
     "conv_wgrad": Budget(registers=160, shared=2048, wide=None),
     "bn_act_maxpool": Budget(registers=80, wide=4),
@@ -82,6 +87,24 @@ INSTRUCTIONS = {
         "st.global.wb.v4",
     },
     "conv_wgrad": {*MMA, *STAGES_OF_PIXELS},
+    "conv_wgmma": {
+        *(
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{half}.{half}"
+            for columns in (64, 128)
+            for half in ("bf16", "f16")
+        ),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes",
+        "mbarrier.try_wait.parity.shared::cta.b64",
+        "ld.global.v4",
+        "st.global.wb.v4",
+    },
+}
+# And in its machine code: what that comes to on Hopper.
+MACHINE_CODE = {
+    "conv_wgmma": {
+        *(f"HGMMA.64x{n}x16.F32{half}" for n in (64, 128) for half in ("", ".BF16")),
+        "UTMALDG.2D",
+    },
 }
 
 PLANTED = """
@@ -121,6 +144,20 @@ def compile_kernels(nvcc: str, source: Path, architecture: str, folder: Path) ->
     return result.stderr, (folder / f"{source.stem}.ptx").read_text()
 
 
+def nvidia_tool(name: str) -> str:
+    """One of those that read machine code, which triton ships where no toolkit has it."""
+    packaged = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin"
+    found = shutil.which(name) or shutil.which(name, path=packaged)
+    assert found, f"no {name}: neither on PATH nor in {packaged}"
+    return found
+
+
+def machine_code(cubin: Path) -> set[str]:
+    """Its instructions, with their modifiers."""
+    listed = toolkit.output_of(nvidia_tool("nvdisasm"), str(cubin))
+    return set(re.findall(r"^\s*/\*\w+\*/\s+(?:@\S+ )?([\w.]+)", listed, re.MULTILINE))
+
+
 def usage_by_kernel(report: str) -> dict[str, Usage]:
     usage = {}
     for block in report.split("Compiling entry function '")[1:]:
@@ -152,8 +189,14 @@ def kernels_that_load_wide(ptx: str) -> list[str]:
     return [name for name, body in zip(bodies[::2], bodies[1::2], strict=True) if wide.search(body)]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", sorted(KERNELS.glob("*.cu")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [
+        pytest.param(source, architecture, id=f"{source.stem}-{architecture}")
+        for source in sorted(KERNELS.glob("*.cu"))
+        for architecture in (("sm_90a",) if source.stem in HOPPER else ARCHITECTURES)
+    ],
+)
 def test_compiles_within_budget(nvcc, source, architecture, tmp_path):
     report, ptx = compile_kernels(nvcc, source, architecture, tmp_path)
     usage = usage_by_kernel(report)
@@ -172,7 +215,17 @@ def test_compiles_within_budget(nvcc, source, architecture, tmp_path):
     assert not over
     assert not kernels_in_local_memory(report)
     assert not maxima_that_lose_nan(ptx)
+    assert "serialized" not in report  # wgmma waits after each where the compiler sees no other way
+    if source.stem in MACHINE_CODE:
+        assert MACHINE_CODE[source.stem] <= machine_code(tmp_path / "kernels.cubin")
     assert budget.wide is None or len(kernels_that_load_wide(ptx)) == budget.wide
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="no nvcc when it was built: no _ops_cuda.so")
+def test_library_has_what_hopper_alone_runs():
+    """Whatever architectures it is built for."""
+    listed = toolkit.output_of(nvidia_tool("cuobjdump"), "--list-elf", str(LIBRARY))
+    assert re.search(r"\.sm_90a\.cubin$", listed, re.MULTILINE), listed
 
 
 def test_checks_can_fail(nvcc, tmp_path):

@@ -47,6 +47,18 @@ PLANTED_MMA = {
     "misaligned_copy": ("plain", ORDERS, "simt: cp.async: the destination is not aligned"),
     "misaligned_row": ("plain", ORDERS, "simt: ldmatrix: a row is not aligned"),
 }
+PIPELINE = "check failed: product|simt: (deadlock|mbarrier): "
+PLANTED_WGMMA = {
+    "no_wait_for_boxes": ("plain", AHEAD + LAZY, PIPELINE),
+    "no_wait_for_release": ("plain", ORDERS + LAZY, "simt: mbarrier: (ahead|more arrivals)"),
+    "release_before_wait": ("plain", LAZY[1:], WRONG_PRODUCT),
+    "no_wait_at_end": ("plain", ORDERS + LAZY, "simt: a block ends before its products"),
+    "too_few_bytes": ("plain", ORDERS + LAZY, r"simt: deadlock: .*threads mbarrier_wait at"),
+    "half_warp": ("plain", ORDERS, r"simt: deadlock: .*\[64 threads wgmma at"),
+    "too_many_stages": ("plain", LAZY, "simt: a block ends before its boxes have landed"),
+    "another_row": ("plain", ORDERS + LAZY, WRONG_PRODUCT),
+    "between_stages": ("plain", ORDERS, "simt: load_box: the destination is not aligned"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +85,7 @@ def test_emulator_is_right(drivers, build):
         passing(drivers[build], order, "shim", "none", seed=seed)
     for order in ORDERS + LAZY:
         passing(drivers[build], order, "mma", "none")
+        passing(drivers[build], order, "wgmma", "none")
 
 
 def test_traversals_cover_every_element_once(drivers):
@@ -101,6 +114,13 @@ def test_emulator_catches_in_matrix_instructions(drivers, bug):
     build, orders, report = PLANTED_MMA[bug]
     for order in orders:
         caught(drivers[build], order, "mma", bug, report)
+
+
+@pytest.mark.parametrize("bug", PLANTED_WGMMA)
+def test_emulator_catches_in_instructions_of_hopper(drivers, bug):
+    build, orders, report = PLANTED_WGMMA[bug]
+    for order in orders:
+        caught(drivers[build], order, "wgmma", bug, report)
 
 
 def test_plans_of_convolutions(drivers):
@@ -171,7 +191,7 @@ def test_kernels_under_sanitizers():
         toolkit.output_of(compiler, f"-print-file-name={name}").strip()
         for name in ("libasan.so", "libstdc++.so")  # ASan looks for what throws when it starts
     ]
-    files = [f"tests/test_{op}.py" for op in sorted(EMULATED["simt"].ops)]
+    files = [f"tests/test_{name}.py" for name in ("conv_wgmma", *sorted(EMULATED["simt"].ops))]
     convolutions = "test_epilogues or test_without_added or test_prologues or test_activations"
     shapes = "test_shapes and (float32 or bfloat16)"
     chosen = f"simt and ({shapes} or bfloat16 and ({convolutions}))"

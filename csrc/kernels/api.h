@@ -306,7 +306,8 @@ struct ConvShape {
 
 // out = act(conv(x, weight) * scale[c] + shift[c] + residual); scale, shift and residual may be
 // null. Exactly one of `weight` (of `dtype`, strides in elements) and `packed` (from conv_pack) is
-// set.
+// set. `wgmma` asks for the body of that name, of CUDA on compute capability 9.0: unsupported
+// elsewhere, and where it does not take the convolution.
 struct ConvBnActArgs {
   DType dtype;
   Act act;
@@ -320,6 +321,7 @@ struct ConvBnActArgs {
   const void* residual;  // laid out as out
   void* out;
   bool tf32;
+  bool wgmma;
 };
 
 // Rearranges a convolution's weight into the panels conv_bn_act reads. conv_packed_size and
@@ -413,6 +415,7 @@ namespace cuda {
 // All that a choice of launch (blocks, splits, workspace) may depend on, beside the arguments.
 struct Gpu {
   int multiprocessors;
+  int capability;  // 10 * major + minor
 };
 
 // Where a launcher runs: `stream`, a cudaStream_t of the current device, which is `gpu`. Kernels

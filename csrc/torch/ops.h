@@ -315,13 +315,14 @@ Tensor conv_pack(Tensor weight, int64_t groups) {
 template <class Device>
 Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift,
                    MaybeTensor residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
-                   std::string act, MaybeTensor packed, bool tf32) {
+                   std::string act, MaybeTensor packed, bool tf32, bool wgmma) {
   constexpr const char* kOp = "conv_bn_act";
   check_dim(kOp, "x", x, 4);
   ConvBnActArgs args{};
   args.dtype = dtype_of(kOp, "x", x);
   args.act = act_of(kOp, act);
   args.tf32 = tf32;
+  args.wgmma = wgmma;
   ConvShape& s = args.shape;
   s = conv_shape(kOp, weight, groups);
   check_like(kOp, "weight", weight, x);
@@ -362,7 +363,14 @@ Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift
   args.shift = pointer(shift);
   args.residual = pointer(residual);
   args.out = out.mutable_data_ptr();
-  check_status(kOp, Device(out).launch(args));
+  const Status status = Device(out).launch(args);
+  FR_CHECK(!wgmma || status != Status::unsupported, kOp,
+           ": wgmma must be False unless on a GPU of compute capability 9.0, of aligned tensors of "
+           "bfloat16 or float16, a kernel 1x1 has stride 1, no padding, one group and channels in "
+           "multiples of 8; got x ",
+           text(sizes_of(x)), ", weight ", text(sizes_of(weight)), ", stride ", text(stride),
+           ", padding ", text(padding), ", groups ", groups);
+  check_status(kOp, status);
   return channels_last || alike ? out : in_format(out, false);
 }
 

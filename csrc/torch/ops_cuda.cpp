@@ -15,12 +15,16 @@ void* current_stream(int device) {
 }
 
 cuda::Gpu gpu(int device) {
-  cuda::Gpu facts{};
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  FR_CHECK(error == cudaSuccess, "cannot ask CUDA device ", device,
-           " for its multiprocessors: ", cudaGetErrorString(error));
-  return facts;
+  auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+    FR_CHECK(error == cudaSuccess, "cannot ask CUDA device ", device,
+             " what it is: ", cudaGetErrorString(error));
+    return value;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount),
+          10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+              attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
 class Cuda : public CudaEngine {

@@ -84,7 +84,7 @@ inline constexpr const char* kOps[] = {
 
     "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"
     " int[] stride, int[] padding, int[] dilation, int groups, str act, Tensor? packed=None,"
-    " bool tf32=False) -> Tensor",
+    " bool tf32=False, bool wgmma=False) -> Tensor",
 
     // A convolution and the pooling of its result, which the engines for GPUs have.
     "conv_bn_act_maxpool(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[] stride,"

@@ -18,6 +18,7 @@ inline void check(bool good, const char* why) {
 // The checks. Arguments are what follows the check's name on the command line.
 void check_shim(int argc, char** argv);
 void check_mma(int argc, char** argv);
+void check_wgmma(int argc, char** argv);
 void check_traversal(int argc, char** argv);
 void check_conv_plan(int argc, char** argv);
 void check_conv(int argc, char** argv);

@@ -209,7 +209,7 @@ void check_conv_plan(int, char**) {
         for (int64_t depth : {0, 3, 27, 64, 576, 2048, 4608})
           for (int multiprocessors : {1, 16, 108, 132})
             for (int64_t groups : {1, 32}) {
-              const cuda::Gpu gpu{multiprocessors};
+              const cuda::Gpu gpu{multiprocessors, 80};
               const cuda::Math math = dtype == DType::f64 ? cuda::Math::scalar : cuda::Math::tensor;
               const bool wide = depth % 8 == 0 && dtype != DType::f64;
               const cuda::ConvSizes s{dtype, math, wide, pixels, columns, depth, groups};

@@ -53,7 +53,7 @@ template <class L>
 void check_view(const View& view) {
   const LayoutChoice layout{L::n, L::kPlanes};
   for (int multiprocessors : {1, 2, 132}) {
-    const Gpu gpu{multiprocessors};
+    const Gpu gpu{multiprocessors, 80};
     const Traversal map = map_traversal(view, layout, gpu);
     const Traversal reduce = reduce_traversal(view, layout, gpu);
     for (const Traversal& t : {map, reduce})

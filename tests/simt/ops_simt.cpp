@@ -16,7 +16,7 @@ std::string environment(const char* name, const char* otherwise) {
 // Two multiprocessors keep grids small, so that grid-stride loops go round, and split sums.
 class Simt : public CudaEngine {
  public:
-  explicit Simt(const Tensor& on) : CudaEngine(on, nullptr, {2}) {
+  explicit Simt(const Tensor& on) : CudaEngine(on, nullptr, {2, 90}) {
     const std::string schedule = environment("SIMT_SCHEDULE", "round_robin");
     FR_CHECK(simt::set_schedule(schedule, std::stoul(environment("SIMT_SEED", "0"))),
              "SIMT_SCHEDULE must be an order of threads, got ", schedule);

@@ -117,6 +117,7 @@ inline int threads, current;
 inline int arrived;                 // at the block's barrier
 inline std::exception_ptr failure;  // of a fiber; the others are abandoned where they are
 inline std::function<void()> body;
+inline void (*block_ends)() = nullptr;  // looks for what is still in flight
 inline Context scheduler;
 inline const void* scheduler_stack;
 inline size_t scheduler_stack_bytes;
@@ -337,6 +338,7 @@ inline void run_block(size_t shared_bytes) {
   }
   for (int i = 0; i < threads; ++i)
     if (fibers[i].state != Fiber::done) deadlock();
+  if (block_ends) block_ends();
 }
 
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, void* /*stream*/,

@@ -385,6 +385,7 @@ Status conv(const ConvBnActArgs& args, const Pool& pool) {
 }  // namespace
 
 Status conv_bn_act(const ConvBnActArgs& args, const Pool& pool) {
+  if (args.wgmma) return Status::unsupported;
   return dispatch(args.dtype, [&](auto type) { return conv<decltype(type)>(args, pool); });
 }
 

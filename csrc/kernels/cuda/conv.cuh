@@ -55,4 +55,7 @@ int64_t partial_bytes(const Conv& conv, const ConvPlan& plan);
 // `partial` has partial_bytes(conv, plan). With splits, out is dense.
 Status convolve(const Conv& conv, const ConvPlan& plan, void* partial, void* stream);
 
+// The same for what wgmma_takes, of the body in conv_wgmma.cu.
+Status convolve_wgmma(const Conv& conv, const Gpu& gpu, void* stream);
+
 }  // namespace fused_resnet::cuda

@@ -4,6 +4,7 @@
 // sums go through the same memory, so that whole rows of channels are scaled and written.
 #include "../math.h"
 #include "conv_load.cuh"
+#include "conv_wgmma.h"
 #include "workspace.h"
 
 namespace fused_resnet::cuda {
@@ -247,7 +248,7 @@ struct Job {
       conv.group_stride = args.weight_stride[0] * conv.group_out_channels();
     }
     packs = !reads_wide(conv) && packs_wide(conv);
-    plan = plan_of(conv, gpu, true);
+    plan = plan_of(conv, gpu, !args.wgmma);
   }
   int64_t pack_bytes() const { return packs ? packed_bytes(conv) : 0; }
 };
@@ -262,7 +263,9 @@ int64_t workspace_bytes(const ConvBnActArgs& args, const Gpu& gpu) {
 Status conv_bn_act(const ConvBnActArgs& args, const Place& place) {
   Job job(args, place.gpu);
   if (!job.fits) return Status::unsupported;
+  if (args.wgmma && !wgmma_takes(args.dtype, args.shape, place.gpu)) return Status::unsupported;
   if (job.conv.pixels() == 0) return Status::ok;
+  if (args.wgmma) return convolve_wgmma(job.conv, place.gpu, place.stream);
   unsigned char* const workspace = static_cast<unsigned char*>(place.workspace);
   if (job.packs) {
     const Status status = pack(&job.conv, workspace, place.stream);
