@@ -250,6 +250,8 @@ class ResNet(Stem, torchvision_resnet.ResNet):
     def run(self, x: Tensor) -> Tensor:
         # The layout inside is ours to choose: what comes out has been flattened.
         x = x.contiguous(memory_format=torch.channels_last)
+        if torch.compiler.is_compiling():  # a program asked about its batch is for no other
+            return self.fc(self.back(self.front(x)))
         images = max(1, _SLICE_PIXELS // max(1, x.size(2) * x.size(3)))
         if x.size(0) <= images or not self.slices(x):
             return self.fc(self.back(self.front(x)))
@@ -265,7 +267,7 @@ class ResNet(Stem, torchvision_resnet.ResNet):
 
     def slices(self, x: Tensor) -> bool:
         """Whether a batch may be cut: all that runs is ours or torch's, and nobody is watching."""
-        if self.frozen_pairs is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if self.frozen_pairs is None or x.device.type != "cpu":
             return False
         kinds = (Fused, FrozenConv, nn.Sequential, nn.ReLU, nn.Identity, nn.AdaptiveAvgPool2d)
         within = [m for layer in (*self.layers(), self.avgpool) for m in layer.modules()]

@@ -227,15 +227,17 @@ def test_export(net, nets, form, tmp_path, request):
     assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("size", [33, 129])
 @pytest.mark.parametrize("form", ["fused", "frozen"])
-def test_export_with_a_dynamic_batch(net, nets, form):
-    source, x, _ = net
+def test_export_with_a_dynamic_batch(net, nets, form, size):
+    """Also over sizes of a batch of which a model that is not exported takes some in slices."""
+    source, x = net[0], images(0, 2, size)
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
     shapes = (batch,) if form == "fused" else ((batch,),)  # frozen: forward(*args, **kwargs)
     with torch.no_grad():
         program = torch.export.export(nets[form], (x,), dynamic_shapes=shapes)
         for n in (1, 5):
-            y = images(n, n, 33)
+            y = images(n, n, size)
             check(program.module()(y), source, y)
 
 
