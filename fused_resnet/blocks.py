@@ -7,7 +7,7 @@ class's own otherwise. ``functools.wraps`` makes torch.fx and torch.jit.script r
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ class Pair(NamedTuple):
     bn: str
     act: str = "none"
     residual: bool = False
+    relu: str | None = None  #: the path of the activation, where that is a step of its own
 
 
 class Fused(_Base):
@@ -60,6 +61,9 @@ class Fused(_Base):
     else:
         frozen_pairs = None
         memory = "auto"
+
+    #: The types a BatchNorm may be of.
+    norms: tuple[type, ...] = BATCH_NORMS
 
     def pairs(self) -> list[Pair]:
         """The pairs this module runs fused."""
@@ -82,6 +86,21 @@ class Fused(_Base):
             return conv(x, p.act, residual)
         return conv_bn(conv, self.get(p.bn), x, p.act, residual)
 
+    def link(self, p: Pair, x: Tensor) -> Tensor:
+        """A pair that may train or not, whatever others do: ``act(bn(conv(x)))``."""
+        if self.frozen_pairs is not None:
+            return self.pair(p, x)
+        return conv_bn_chain(*self.modules_of(p), x, p.act)
+
+    def links(self, pairs: Sequence[Pair], x: Tensor, act: str) -> Tensor:
+        """Pairs one after the other, with ReLUs between them and ``act`` behind the last."""
+        modules = [self.modules_of(p) for p in pairs]
+        if self.frozen_pairs is None and trains(modules, x):
+            return chain(modules, x, act=act, memory=self.memory)
+        for p in pairs[:-1]:
+            x = self.pair(p, x)
+        return self.pair(pairs[-1]._replace(act=act), x)
+
     def get(self, path: str) -> Any:
         m: Any = self
         for name in path.split("."):
@@ -95,7 +114,8 @@ class Fused(_Base):
         """Why this module does not run fused for ``x`` right now, or None."""
         if self.frozen_pairs is not None:
             return None
-        return obstacle([self.modules_of(p) for p in self.pairs()], self.skipped(), x)
+        pairs = [self.modules_of(p) for p in self.pairs()]
+        return obstacle(pairs, self.skipped(), x, norms=self.norms)
 
     def trains(self, x: Tensor) -> bool:
         """Whether this call needs batch statistics or a backward."""
@@ -146,21 +166,20 @@ class Residual(Fused):
     def run(self, x: Tensor) -> Tensor:
         if self.trains(x):
             return self.run_training(x)
-        if self.downsample is None:
-            shortcut = x
-        elif _SHORTCUT not in self.pairs():
-            shortcut = self.downsample(x)
-        elif self.frozen_pairs is None and joins(self.get(_SHORTCUT.conv), x):
-            shortcut = None
-        else:
-            shortcut = self.pair(_SHORTCUT, x)
-        y = x
+        joined = _SHORTCUT in self.pairs() and self.frozen_pairs is None
+        joined = joined and joins(self.get(_SHORTCUT.conv), x)
+        shortcut, y = None if joined else self.shortcut(x), x
         for p in self.chain:
             if p.residual and shortcut is None:
                 y = conv_bn_joined(self.modules_of(p), self.modules_of(_SHORTCUT), y, x, p.act)
             else:
                 y = self.pair(p, y, shortcut if p.residual else None)
         return y
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        if self.downsample is None:
+            return x
+        return self.link(_SHORTCUT, x) if _SHORTCUT in self.pairs() else self.downsample(x)
 
     def run_training(self, x: Tensor) -> Tensor:
         pairs = [self.modules_of(p) for p in self.chain]
@@ -190,7 +209,7 @@ class Bottleneck(Residual, torchvision_resnet.Bottleneck):
 
 
 class Stem(Fused):
-    """A network whose first steps are conv1, bn1, ReLU and max pooling."""
+    """A network that begins with convolutions, each with BatchNorm and ReLU, and max pooling."""
 
     relu_name = "relu"
 
@@ -211,24 +230,28 @@ class Stem(Fused):
         return super().obstacle(x)
 
     def stem(self, x: Tensor) -> Tensor:
-        """``maxpool(relu(bn1(conv1(x))))``: the convolution's output is read once, as it is; where
-        the engine that is asked for has an op for all of it, not at all."""
-        conv, maxpool = self.conv1, self.maxpool
+        """``maxpool(relu(bn1(conv1(x))))``: the last convolution's output is read once, as it is;
+        where the engine that is asked for has an op for all of it, not at all."""
+        *first, last = self.pairs()
+        x = self.links(first, x, "relu") if first else x
+        maxpool = self.maxpool
         sizes = (maxpool.kernel_size, maxpool.stride, maxpool.padding, maxpool.dilation)
         kernel, stride, padding, dilation = (list(_pair(size)) for size in sizes)
         pool = Pool(kernel, stride, padding, dilation, maxpool.ceil_mode)
         if self.frozen_pairs is not None:
+            conv = self.get(last.conv)
             own = (conv.weight, conv.scale, conv.shift, conv.geometry)
             if not hooked(conv) and (y := convolve_pooled(conv.engine, x, *own, pool)) is not None:
                 return y
-            y, act = self.pair(self.frozen_pairs[0], x), "none"
+            y, act = self.pair(last, x), "none"
             # Nothing is left to do but to pool, in which ours is twice as fast as torch.
             scale = y.new_ones(y.size(1), dtype=accumulation_dtype(y.dtype))
             shift = torch.zeros_like(scale)
         elif self.trains(x):
-            return chain([(conv, self.bn1)], x, pool=pool, memory=self.memory)
+            return chain([self.modules_of(last)], x, pool=pool, memory=self.memory)
         else:
-            scale, shift = pair_scale_shift(conv, self.bn1)
+            conv, bn = self.modules_of(last)
+            scale, shift = pair_scale_shift(conv, bn)
             own = (conv.weight, scale, shift, geometry_of(conv))
             if (y := convolve_pooled(engines.wish(), as_autocast(x), *own, pool)) is not None:
                 return y
@@ -282,41 +305,30 @@ class ResNet(Stem, torchvision_resnet.ResNet):
 class _Chain(Fused):
     """A sequence in which a convolution, its BatchNorm and maybe a ReLU are one step."""
 
-    def link(self, p: Pair, x: Tensor) -> Tensor:
-        """A pair with what follows it; each may train or not."""
-        if self.frozen_pairs is not None:
-            return self.pair(p, x)
-        return conv_bn_chain(*self.modules_of(p), x, p.act)
-
     def find_pairs(self) -> list[Pair]:
         names = list(self._modules)
         found = []
         for i, (name, following) in enumerate(itertools.pairwise(names)):
             conv, bn = self._modules[name], self._modules[following]
             if isinstance(conv, nn.Conv2d) and isinstance(bn, BATCH_NORMS):
-                relu = i + 2 < len(names) and type(self._modules[names[i + 2]]) is nn.ReLU
-                found.append(Pair(name, following, "relu" if relu else "none"))
+                after = names[i + 2] if i + 2 < len(names) else None
+                relu = after if after and type(self._modules[after]) is nn.ReLU else None
+                found.append(Pair(name, following, "relu" if relu else "none", relu=relu))
         return found
 
     def skipped(self) -> list[tuple[nn.Module, type]]:
-        names = list(self._modules)
-        return [
-            (self._modules[names[names.index(p.bn) + 1]], nn.ReLU)
-            for p in self.pairs()
-            if p.act == "relu"
-        ]
+        return [(self.get(p.relu), nn.ReLU) for p in self.pairs() if p.relu]
 
     def run(self, x: Tensor) -> Tensor:
         pairs = {p.conv: p for p in self.pairs()}
-        done: list[str] = []
-        names = list(self._modules)
-        for i, name in enumerate(names):
+        done: set[str | None] = set()
+        for name in self._modules:
             if name in done:
                 continue
             if name in pairs:
                 p = pairs[name]
                 x = self.link(p, x)
-                done += names[i + 1 : i + 3] if p.act == "relu" else [p.bn]
+                done |= {p.bn, p.relu}
             else:
                 x = self._modules[name](x)
         return x

@@ -61,11 +61,14 @@ def params_of(conv: Any, bn: Any) -> Params:
         return Params(conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
 
 
-def pair_obstacle(conv: Any, bn: Any) -> str | None:
-    """Why this pair can never run fused as the modules stand now, or None."""
+def pair_obstacle(conv: Any, bn: Any, norms: Iterable[type] = BATCH_NORMS) -> str | None:
+    """Why this pair can never run fused as the modules stand now, or None.
+
+    ``norms``: the types the BatchNorm may be of.
+    """
     if (reason := plain(conv, (nn.Conv2d,))) is not None:
         return f"conv: {reason}"
-    if (reason := plain(bn, BATCH_NORMS)) is not None:
+    if (reason := plain(bn, norms)) is not None:
         return f"bn: {reason}"
     if conv.padding_mode != "zeros":
         return f"conv: padding_mode is {conv.padding_mode!r}"
@@ -177,6 +180,7 @@ def obstacle(
     skipped: Sequence[tuple[nn.Module, type]],
     x: Tensor,
     residual: Tensor | None = None,
+    norms: Iterable[type] = BATCH_NORMS,
 ) -> str | None:
     """Why ``pairs`` cannot run fused for input ``x`` right now, or None.
 
@@ -185,6 +189,7 @@ def obstacle(
         skipped: other modules whose call is skipped, each with the type it must be of.
         x: the input, of any type: anything but a 4-D tensor (an fx proxy, say) is an obstacle.
         residual: a further input.
+        norms: the types a BatchNorm may be of.
     """
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.dtype.is_floating_point:
         return "input is not a 4-D floating point tensor"
@@ -201,7 +206,7 @@ def obstacle(
     where = device.type
     autocast = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
     for conv, bn in pairs:
-        if (reason := pair_obstacle(conv, bn)) is not None:
+        if (reason := pair_obstacle(conv, bn, norms)) is not None:
             return reason
         if bn.eps <= 0:
             return "bn: eps is not positive"

@@ -117,8 +117,10 @@ def _entries(model: nn.Module) -> Report:
                 overridden = f"the block's {kind.__name__}: {reason}"
         for p in twin.pairs():
             conv, bn = twin.get(p.conv), twin.get(p.bn)
+            if (conv, bn) in seen:  # a block and its own Sequential both run it
+                continue
             seen.add((conv, bn))
-            reason = overridden or pair_obstacle(conv, bn)
+            reason = overridden or pair_obstacle(conv, bn, twin.norms)
             report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
     for path, m in model.named_modules():
         names = list(m._modules)

@@ -164,9 +164,9 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
 
 def _static_obstacle(m: Fused) -> bool:
     modules = [m.modules_of(p) for p in m.pairs()]
-    return any(pair_obstacle(*pair) or uses_batch_statistics(pair[1]) for pair in modules) or any(
-        plain(other, (kind,)) for other, kind in m.skipped()
-    )
+    return any(
+        pair_obstacle(*pair, m.norms) or uses_batch_statistics(pair[1]) for pair in modules
+    ) or any(plain(other, (kind,)) for other, kind in m.skipped())
 
 
 def _tune(frozen: Frozen, inputs: Any) -> None:
