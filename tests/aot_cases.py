@@ -174,7 +174,6 @@ def add_stem(
     pool = ([size] * 2, [step] * 2, [size // 2] * 2, [1, 1])
     of = vector(k, dtype)
     add("conv_bn_act_maxpool", image_of, weight, of, of, *geometry, *pool, False, "relu")
-    add("conv_bn_act_maxpool", image_of, weight, None, None, *geometry, *pool, True, "none")
 
 
 for dtype in DTYPES:
@@ -204,7 +203,6 @@ for coeff in (None, [5e-324]):  # whose bits are a one
     add("eltwise_act", [x], "sum", coeff, "none")
     add("eltwise_act_backward", x, [x], None, "sum", coeff, "none")
 add_stem(dtype, (1, 1, 1, 1), 1, 1, 1, 1, 1)
-add_stem(dtype, (1, 8, 9, 9), 24, 3, 1, 19, 1)
 add("bn_finalize", one, one, 5e-324, *[one] * 4, 5e-324, 5e-324)
 add("bn_scale_shift", one, one, one, one, 5e-324)
 for convolution in (

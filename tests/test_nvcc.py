@@ -51,6 +51,7 @@ BUDGET = {
     "bn_act_gram": Budget(registers=128, shared=2048, wide=None),
     "conv_bn_act": Budget(registers=168, wide=None),
     "conv_wgmma": Budget(registers=112, wide=None),  # two blocks of 288 threads
+    "conv_bn_act_maxpool": Budget(registers=128, wide=0),
     "conv_pack": Budget(registers=64),
     "conv_wgrad": Budget(registers=160, shared=2048, wide=None),
     "bn_act_maxpool": Budget(registers=80, wide=4),
@@ -84,6 +85,12 @@ INSTRUCTIONS = {
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
         "cp.async.cg.shared.global",
         "ld.global.v4",
+        "st.global.wb.v4",
+    },
+    "conv_bn_act_maxpool": {
+        *MMA,
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+        "ld.shared.v4",
         "st.global.wb.v4",
     },
     "conv_wgrad": {*MMA, *STAGES_OF_PIXELS},

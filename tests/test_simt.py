@@ -145,13 +145,17 @@ def test_convolution_in_every_tile(drivers, dtype, build, orders):
         passing(drivers[build], order, "conv", dtype)
 
 
-@pytest.mark.parametrize("op", ["conv_bn_act", "conv_dgrad", "conv_wgrad"])
+@pytest.mark.parametrize("op", ["conv_bn_act", "conv_bn_act_maxpool", "conv_dgrad", "conv_wgrad"])
 def test_tf32_is_taken_where_torch_takes_it(simt, monkeypatch, op):
     """Then products are rounded to 11 bits, and never otherwise."""
     x, weight = torch.randn(1, 16, 5, 6), torch.randn(16, 16, 3, 3)
     geometry = [[1, 1], [1, 1], [1, 1], 1]
     arguments = {
         "conv_bn_act": (x, weight, None, None, None, *geometry, "none"),
+        "conv_bn_act_maxpool": (
+            *(x, weight, None, None, *geometry[:3]),
+            *([2, 2], [2, 2], [0, 0], [1, 1], False, "none"),
+        ),
         "conv_dgrad": (x, weight, None, [5, 6], *geometry),
         "conv_wgrad": (x, x, None, None, "none", [3, 3], *geometry),
     }[op]

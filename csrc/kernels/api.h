@@ -50,7 +50,8 @@ struct PoolShape {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-// out = max over each window of act(x * scale[c] + shift[c]); padding never wins.
+// out = max over each window of act(x * scale[c] + shift[c]); padding never wins. On CUDA scale and
+// shift may be null.
 struct BnActMaxpoolArgs {
   DType dtype;
   Act act;
@@ -363,6 +364,14 @@ struct ConvWgradArgs {
   bool tf32;
 };
 
+// out = max over each window of conv_bn_act; padding never wins. conv.out is not read, and the
+// convolution has one group.
+struct ConvBnActMaxpoolArgs {
+  ConvBnActArgs conv;
+  PoolShape pool;
+  void* out;
+};
+
 // Every op: the name of its launchers, and what they take.
 #define FUSED_RESNET_OPS(X)                                         \
   X(eltwise_act, EltwiseActArgs)                                    \
@@ -387,6 +396,9 @@ struct ConvWgradArgs {
   X(conv_pack, ConvPackArgs)                                        \
   X(conv_dgrad, ConvDgradArgs)                                      \
   X(conv_wgrad, ConvWgradArgs)
+
+// Those that pool what they convolve, which CPUs have no kernels for.
+#define FUSED_RESNET_POOL_OPS(X) X(conv_bn_act_maxpool, ConvBnActMaxpoolArgs)
 
 namespace cpu {
 
@@ -429,6 +441,7 @@ struct Place {
 
 #define FUSED_RESNET_ON_PLACE(op, Args) Status op(const Args&, const Place&);
 FUSED_RESNET_OPS(FUSED_RESNET_ON_PLACE)
+FUSED_RESNET_POOL_OPS(FUSED_RESNET_ON_PLACE)
 
 // As cpu's: the weight as channels_last has it, in its own type.
 int64_t conv_packed_size(DType dtype, const ConvShape& shape);

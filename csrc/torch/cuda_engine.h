@@ -4,6 +4,7 @@
 #include "../kernels/cuda/workspace.h"
 #include "ops.h"
 #include "ops_chain_backward.h"
+#include "ops_pooled.h"
 #include "ops_training.h"
 #include "ops_training_conv.h"
 #include "ops_training_gram.h"
@@ -16,6 +17,7 @@ namespace fused_resnet::glue {
     return cuda::op(args, place);                                         \
   }
 FUSED_RESNET_OPS(FR_LAUNCH)
+FUSED_RESNET_POOL_OPS(FR_LAUNCH)
 #undef FR_LAUNCH
 
 // Launches on one stream, each op with a workspace of its own from torch's allocator, which may
@@ -70,6 +72,7 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("conv_wgrad", TORCH_BOX(&conv_wgrad<Device>));
   library.impl("conv_dgrad_", TORCH_BOX(&conv_dgrad_<Device>));
   library.impl("batch_norm_act_", TORCH_BOX(&batch_norm_act_<Device>));
+  library.impl("conv_bn_act_maxpool", TORCH_BOX(&conv_bn_act_maxpool<Device>));
   library.impl("bn_act_maxpool", TORCH_BOX(&bn_act_maxpool<Device>));
   library.impl("global_avg_pool", TORCH_BOX(&global_avg_pool<Device>));
   library.impl("bn_act_maxpool_train", TORCH_BOX(&bn_act_maxpool_train<Device>));

@@ -174,9 +174,9 @@ struct Pooling {
              text(padding));
   }
 
-  // Output length of dimension 2 + i of x, as torch.nn.functional.max_pool2d counts it.
-  int64_t length(const Tensor& x, int i, bool ceil_mode) const {
-    const int64_t size = x.size(2 + i);
+  // Output length of dimension 2 + i of an input, as torch.nn.functional.max_pool2d counts it.
+  int64_t length(const Ints& sizes, int i, bool ceil_mode) const {
+    const int64_t size = sizes[2 + i];
     const int64_t reach = size + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1 +
                           (ceil_mode ? stride[i] - 1 : 0);
     int64_t out = (reach >= 0 ? reach / stride[i] : (reach - stride[i] + 1) / stride[i]) + 1;
@@ -185,13 +185,13 @@ struct Pooling {
     return out;
   }
 
-  // x [N, C, H, W] pooled to out_height by out_width.
-  PoolShape shape(const Tensor& x, int64_t out_height, int64_t out_width) const {
+  // An input of sizes [N, C, H, W] pooled to out_height by out_width.
+  PoolShape shape(const Ints& sizes, int64_t out_height, int64_t out_width) const {
     PoolShape s{};
-    s.batch = x.size(0);
-    s.channels = x.size(1);
-    s.height = x.size(2);
-    s.width = x.size(3);
+    s.batch = sizes[0];
+    s.channels = sizes[1];
+    s.height = sizes[2];
+    s.width = sizes[3];
     s.out_height = out_height;
     s.out_width = out_width;
     for (int i = 0; i < 2; ++i) {
@@ -203,10 +203,10 @@ struct Pooling {
     return s;
   }
 
-  PoolShape forward_shape(const char* op, const Tensor& x, bool ceil_mode) const {
-    const PoolShape s = shape(x, length(x, 0, ceil_mode), length(x, 1, ceil_mode));
+  PoolShape forward_shape(const char* op, const Ints& sizes, bool ceil_mode) const {
+    const PoolShape s = shape(sizes, length(sizes, 0, ceil_mode), length(sizes, 1, ceil_mode));
     FR_CHECK(s.out_height > 0 && s.out_width > 0, op, ": kernel_size ", text(kernel_size),
-             " is larger than the padded input ", text(sizes_of(x)));
+             " is larger than the padded input ", text(sizes));
     return s;
   }
 };
@@ -230,7 +230,7 @@ Tensor bn_act_maxpool(Tensor x, Tensor scale, Tensor shift, Ints kernel_size, In
   args.dtype = dtype_of(kOp, "x", x);
   args.act = act_of(kOp, act);
   args.channels_last = channels_last;
-  args.shape = pooling.forward_shape(kOp, x, ceil_mode);
+  args.shape = pooling.forward_shape(kOp, sizes_of(x), ceil_mode);
   Tensor out = new_output(x, out_sizes(args.shape), channels_last);
   args.x = x.const_data_ptr();
   args.scale = scale.const_data_ptr();
@@ -312,57 +312,82 @@ Tensor conv_pack(Tensor weight, int64_t groups) {
   return packed;
 }
 
+// The tensors of a ConvBnActArgs but for a packed weight, checked and channels_last.
+struct ConvBnActTensors {
+  Tensor x, weight;
+  MaybeTensor scale, shift, residual;
+  bool channels_last = false, converts = false;
+
+  ConvBnActArgs describe(const char* op, const Ints& stride, const Ints& padding,
+                         const Ints& dilation, int64_t groups, const std::string& act) {
+    check_dim(op, "x", x, 4);
+    ConvBnActArgs args{};
+    args.dtype = dtype_of(op, "x", x);
+    args.act = act_of(op, act);
+    ConvShape& s = args.shape;
+    s = conv_shape(op, weight, groups);
+    check_like(op, "weight", weight, x);
+    FR_CHECK(x.size(1) == s.in_channels, op, ": x must have ", s.in_channels,
+             " channels for weight ", text(sizes_of(weight)), " and groups ", groups, ", got ",
+             x.size(1));
+    set_geometry(op, s, sizes_of(x), stride, padding, dilation);
+    auto vector = [&](const char* argument, MaybeTensor& t) {
+      if (!t) return;
+      check_channels(op, argument, *t, s.out_channels, accumulation_type(x.scalar_type()), x);
+      t = in_order(*t);
+    };
+    vector("scale", scale);
+    vector("shift", shift);
+    if (residual) {
+      check_like(op, "residual", *residual, x);
+      check_sizes(op, "residual", *residual, out_sizes(s));
+    }
+    // The kernel works in channels_last; a contiguous caller gets its layout back at the end. One
+    // pixel, one channel or nothing lies in memory alike in both formats: only its strides differ.
+    const bool alike = s.batch == 0 || s.out_height * s.out_width <= 1 || s.out_channels == 1;
+    channels_last = suggests_channels_last(x) || suggests_channels_last(weight);
+    converts = !channels_last && !alike;
+    x = in_format(x, true);
+    residual = in_format(residual, true);
+    args.x = x.const_data_ptr();
+    args.weight = weight.const_data_ptr();
+    for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
+    args.scale = pointer(scale);
+    args.shift = pointer(shift);
+    args.residual = pointer(residual);
+    return args;
+  }
+
+  // What the kernel writes to, and what the caller gets of it.
+  Tensor output(ConvBnActArgs& args) const {
+    Tensor out = new_output(x, out_sizes(args.shape), channels_last || converts);
+    args.out = out.mutable_data_ptr();
+    return out;
+  }
+  Tensor returned(const Tensor& out) const { return converts ? in_format(out, false) : out; }
+
+  static Ints out_sizes(const ConvShape& s) {
+    return {s.batch, s.out_channels, s.out_height, s.out_width};
+  }
+};
+
 template <class Device>
 Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift,
                    MaybeTensor residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
                    std::string act, MaybeTensor packed, bool tf32, bool wgmma) {
   constexpr const char* kOp = "conv_bn_act";
-  check_dim(kOp, "x", x, 4);
-  ConvBnActArgs args{};
-  args.dtype = dtype_of(kOp, "x", x);
-  args.act = act_of(kOp, act);
+  ConvBnActTensors in{x, weight, scale, shift, residual};
+  ConvBnActArgs args = in.describe(kOp, stride, padding, dilation, groups, act);
   args.tf32 = tf32;
   args.wgmma = wgmma;
-  ConvShape& s = args.shape;
-  s = conv_shape(kOp, weight, groups);
-  check_like(kOp, "weight", weight, x);
-  FR_CHECK(x.size(1) == s.in_channels, kOp, ": x must have ", s.in_channels,
-           " channels for weight ", text(sizes_of(weight)), " and groups ", groups, ", got ",
-           x.size(1));
-  set_geometry(kOp, s, sizes_of(x), stride, padding, dilation);
-  const Ints out_sizes = {s.batch, s.out_channels, s.out_height, s.out_width};
-  auto vector = [&](const char* argument, MaybeTensor& t) {
-    if (!t) return;
-    check_channels(kOp, argument, *t, s.out_channels, accumulation_type(x.scalar_type()), x);
-    t = in_order(*t);
-  };
-  vector("scale", scale);
-  vector("shift", shift);
-  if (residual) {
-    check_like(kOp, "residual", *residual, x);
-    check_sizes(kOp, "residual", *residual, out_sizes);
-  }
   if (packed) {
-    check_channels(kOp, "packed", *packed, Device::packed_size(args.dtype, s),
+    check_channels(kOp, "packed", *packed, Device::packed_size(args.dtype, args.shape),
                    scalar_type_of(Device::packed_dtype(args.dtype)), x);
     packed = in_order(*packed);
+    args.weight = nullptr;
+    args.packed = packed->const_data_ptr();
   }
-  const bool channels_last = suggests_channels_last(x) || suggests_channels_last(weight);
-  // The kernel works in channels_last; a contiguous caller gets its layout back at the end.
-  x = in_format(x, true);
-  residual = in_format(residual, true);
-  // One pixel, one channel or nothing lies in memory alike in both formats: only its strides
-  // differ.
-  const bool alike = s.batch == 0 || s.out_height * s.out_width <= 1 || s.out_channels == 1;
-  Tensor out = new_output(x, out_sizes, channels_last || !alike);
-  args.x = x.const_data_ptr();
-  args.weight = packed ? nullptr : weight.const_data_ptr();
-  for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
-  args.packed = pointer(packed);
-  args.scale = pointer(scale);
-  args.shift = pointer(shift);
-  args.residual = pointer(residual);
-  args.out = out.mutable_data_ptr();
+  Tensor out = in.output(args);
   const Status status = Device(out).launch(args);
   FR_CHECK(!wgmma || status != Status::unsupported, kOp,
            ": wgmma must be False unless on a GPU of compute capability 9.0, of aligned tensors of "
@@ -371,7 +396,7 @@ Tensor conv_bn_act(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift
            text(sizes_of(x)), ", weight ", text(sizes_of(weight)), ", stride ", text(stride),
            ", padding ", text(padding), ", groups ", groups);
   check_status(kOp, status);
-  return channels_last || alike ? out : in_format(out, false);
+  return in.returned(out);
 }
 
 }  // namespace fused_resnet::glue

@@ -18,11 +18,12 @@ inline PoolShape backward_shape(const char* op, const Pooling& pooling, const Te
   check_dim(op, "x", x, 4);
   check_dim(op, "grad", grad, 4);
   for (int i = 0; i < 2; ++i) {
-    const int64_t least = pooling.length(x, i, false), most = pooling.length(x, i, true);
+    const int64_t least = pooling.length(sizes_of(x), i, false);
+    const int64_t most = pooling.length(sizes_of(x), i, true);
     FR_CHECK(grad.size(2 + i) == least || grad.size(2 + i) == most, op, ": grad must have ", least,
              " or ", most, " positions in dimension ", 2 + i, ", got ", grad.size(2 + i));
   }
-  const PoolShape shape = pooling.shape(x, grad.size(2), grad.size(3));
+  const PoolShape shape = pooling.shape(sizes_of(x), grad.size(2), grad.size(3));
   const Ints sizes = out_sizes(shape);
   check_like(op, "grad", grad, x);
   check_sizes(op, "grad", grad, sizes);
@@ -58,7 +59,7 @@ std::tuple<Tensor, Tensor> bn_act_maxpool_train(Tensor x, Tensor scale, Tensor s
   pooling.check(kOp);
   check_positions(kOp, kernel_size);
   const bool channels_last = suggests_channels_last(x);
-  const PoolShape shape = pooling.forward_shape(kOp, x, ceil_mode);
+  const PoolShape shape = pooling.forward_shape(kOp, sizes_of(x), ceil_mode);
   x = in_format(x, true);
   scale = in_order(scale);
   shift = in_order(shift);

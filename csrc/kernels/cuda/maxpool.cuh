@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(Streaming::kThreads, kTraining ? 2 : 3)
   const Window rows = window(s, 0, line % s.out_height);
   const Window columns = window(s, 1, pixel % s.out_width);
   const int64_t c = channels_last ? vector * n : plane % s.channels;
-  const Wide<A, n> a = load_channels<n>(scale + c), b = load_channels<n>(shift + c);
+  const Wide<A, n> a = scale ? load_channels<n>(scale + c) : each<n>([](int) { return A(1); });
+  const Wide<A, n> b = shift ? load_channels<n>(shift + c) : each<n>([](int) { return A(0); });
   auto best = each<n>([](int) { return static_cast<A>(-INFINITY); });
   const int start = static_cast<int>(rows.first * s.kernel[1] + columns.first);
   auto place = each<n>([&](int) { return start; });

@@ -15,6 +15,7 @@ int64_t workspace_bytes(const BnActBackwardReduceArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ReluBackwardReduceArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActGramArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvBnActArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const ConvBnActMaxpoolArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvDgradArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvWgradArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActMaxpoolBackwardReduceArgs& args, const Gpu& gpu);
