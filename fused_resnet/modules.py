@@ -66,7 +66,7 @@ def conv_bn_joined(
     """``act(bn(conv(y)) + bn(conv(x)))`` of both pairs in evaluation, where that :func:`joins`."""
     (conv, own), (scale, shift) = (pair[0], shortcut[0]), pair_scale_shift(*pair)
     scale2, shift2 = pair_scale_shift(*shortcut)
-    y, x = as_autocast(y), _as_autocast(x)
+    y, x = as_autocast(y), as_autocast(x)
     first = (None, None, "none", conv.weight.to(y.dtype), scale, shift + shift2, None)
     second = (x, own.weight.to(y.dtype), scale2, list(own.stride))
     args = (y, *first, *geometry_of(conv), act, *second)
