@@ -97,10 +97,11 @@ def _of_file(name: str, path: Path, function: str) -> nn.Module:
     """
     if not path.is_file():
         raise CommandError(f"--model {name}: there is no such file")
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    # Not by its own name, which a module in use may have.
+    spec: Any = importlib.util.spec_from_file_location("fused_resnet_model", path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent.resolve()))
-    sys.modules[path.stem] = module  # what is defined there may want to be pickled
+    sys.modules[spec.name] = module  # dataclasses look for theirs
     _guarded(name, lambda: spec.loader.exec_module(module), spec.origin)
     functions = [key for key, value in vars(module).items() if callable(value)]
     if function not in functions:

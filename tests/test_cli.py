@@ -93,7 +93,7 @@ def test_extras_that_are_missing(tmp_path):
 
 
 def test_help_and_version(capsys):
-    for command in ([], ["demo"], ["info"]):
+    for command in ([], ["demo"], ["info"], ["report"], ["check"], ["freeze"]):
         with pytest.raises(SystemExit) as stop:
             cli.main([*command, "--help"])
         assert stop.value.code == 0
@@ -114,6 +114,11 @@ def test_help_and_version(capsys):
         (["demo", "--batch", "two"], ["positive number", "'two'"]),
         (["demo", "--dtype", "int8"], ["int8", "fp32", "bf16"]),
         (["demo", "--fast"], ["--fast"]),
+        (["report"], ["--model"]),
+        (["check", "--model", "m", "--input", "224"], ["3x224x224", "'224'"]),
+        (["check", "--model", "m", "--input", "3x0x9"], ["3x224x224", "'3x0x9'"]),
+        (["freeze", "--model", "m"], ["--output"]),
+        (["freeze", "--model", "m", "--output", "f", "--batch", "0"], ["positive number"]),
     ],
 )
 def test_wrong_usage(capsys, args, words):
