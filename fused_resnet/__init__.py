@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 from . import engines, functional, models
 from .blocks import BasicBlock, Bottleneck
 from .convert import fuse, report, unfuse
-from .engines import use_engine
+from .engines import decompositions, use_engine
 from .freeze import freeze
 from .frozen_file import load_frozen, save_frozen
 from .modules import AddAct, BatchNormAct2d, ConvBNAct2d
@@ -22,6 +22,7 @@ __all__ = [
     "Bottleneck",
     "ConvBNAct2d",
     "SyncBatchNorm",
+    "decompositions",
     "engines",
     "freeze",
     "functional",

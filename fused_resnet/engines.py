@@ -295,3 +295,16 @@ def implementation(op: str, engine: str) -> Callable[..., Any]:
     if multiplies and engine != "triton" and allows_tf32():
         return functools.partial(implemented, tf32=True)
     return implemented
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """Our ops of inference in torch's own, by the specification.
+
+    For exporters that know no others: an argument of
+    :meth:`torch.export.ExportedProgram.run_decompositions`, before :func:`torch.onnx.export`.
+    """
+    return {
+        getattr(getattr(torch.ops, namespace), op).default: implementation(op, "reference")
+        for namespace in native.NAMESPACES
+        for op in INFERENCE_OPS
+    }
