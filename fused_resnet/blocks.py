@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from torch.nn.modules.utils import _pair
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import Conv2dNormActivation as TorchvisionConv2dNormActivation
 
 from . import engines, functional
-from .conditions import BATCH_NORMS, hooked, obstacle, trains
+from .conditions import BATCH_NORMS, hooked, obstacle, plain, trains
 from .frozen_conv import FrozenConv
 from .modules import (
     as_autocast,
@@ -26,6 +27,7 @@ from .modules import (
     conv_bn_chain,
     conv_bn_joined,
     convolve,
+    convolve_averaged,
     convolve_pooled,
     geometry_of,
     joins,
@@ -100,6 +102,17 @@ class Fused(_Base):
         for p in pairs[:-1]:
             x = self.pair(p, x)
         return self.pair(pairs[-1]._replace(act=act), x)
+
+    def engine_of(self, p: Pair) -> str:
+        """The one that is asked for."""
+        return engines.wish() if self.frozen_pairs is None else self.get(p.conv).engine
+
+    def tensors_of(self, p: Pair) -> tuple[Any, Any, Any, Any]:
+        """Weight, scale, shift and geometry of a pair."""
+        conv, bn = self.modules_of(p)
+        if self.frozen_pairs is not None:
+            return conv.weight, conv.scale, conv.shift, conv.geometry
+        return conv.weight, *pair_scale_shift(conv, bn), geometry_of(conv)
 
     def get(self, path: str) -> Any:
         m: Any = self
@@ -181,6 +194,24 @@ class Residual(Fused):
             return x
         return self.link(_SHORTCUT, x) if _SHORTCUT in self.pairs() else self.downsample(x)
 
+    def run_pooled(self, x: Tensor) -> Tensor | None:
+        """The means of :meth:`run`'s images, which are not stored; None where that cannot be."""
+        last = self.chain[-1]
+        engine = self.engine_of(last)
+        if (
+            self.downsample is not None
+            or hooked(self.get(last.conv))
+            or as_autocast(x) is not x
+            or not engines.pools("conv_bn_act_avgpool", engine, x.device.type, x.dtype)
+            or self.obstacle(x) is not None
+            or self.trains(x)
+        ):
+            return None
+        y = x
+        for p in self.chain[:-1]:
+            y = self.pair(p, y)
+        return convolve_averaged(engine, y, *self.tensors_of(last), x, last.act)
+
     def run_training(self, x: Tensor) -> Tensor:
         pairs = [self.modules_of(p) for p in self.chain]
         if self.downsample is None:
@@ -239,8 +270,7 @@ class Stem(Fused):
         kernel, stride, padding, dilation = (list(_pair(size)) for size in sizes)
         pool = Pool(kernel, stride, padding, dilation, maxpool.ceil_mode)
         if self.frozen_pairs is not None:
-            conv = self.get(last.conv)
-            own = (conv.weight, conv.scale, conv.shift, conv.geometry)
+            conv, own = self.get(last.conv), self.tensors_of(last)
             if not hooked(conv) and (y := convolve_pooled(conv.engine, x, *own, pool)) is not None:
                 return y
             y, act = self.pair(last, x), "none"
@@ -250,12 +280,11 @@ class Stem(Fused):
         elif self.trains(x):
             return chain([self.modules_of(last)], x, pool=pool, memory=self.memory)
         else:
-            conv, bn = self.modules_of(last)
-            scale, shift = pair_scale_shift(conv, bn)
-            own = (conv.weight, scale, shift, geometry_of(conv))
+            own = self.tensors_of(last)
             if (y := convolve_pooled(engines.wish(), as_autocast(x), *own, pool)) is not None:
                 return y
-            y, act = convolve(conv, x), "relu"
+            y, act = convolve(self.get(last.conv), x), "relu"
+            _, scale, shift, _ = own
         return functional.bn_act_maxpool(y, scale, shift, *pool, act)
 
 
@@ -286,7 +315,26 @@ class ResNet(Stem, torchvision_resnet.ResNet):
         return self.layer2(self.layer1(self.stem(x)))
 
     def back(self, x: Tensor) -> Tensor:
-        return torch.flatten(self.avgpool(self.layer4(self.layer3(x))), 1)
+        return torch.flatten(self.end(self.layer3(x)), 1)
+
+    def end(self, x: Tensor) -> Tensor:
+        """``avgpool(layer4(x))``, without the image in between where nobody would see it."""
+        if self.end_is_watched():
+            return self.avgpool(self.layer4(x))
+        *blocks, last = self.layer4
+        for block in blocks:
+            x = block(x)
+        y = last.run_pooled(x)
+        return self.avgpool(last(x)) if y is None else y
+
+    def end_is_watched(self) -> bool:
+        """Whether anybody would notice if layer4, its last block and avgpool were not called."""
+        if nn_module._has_any_global_hook() or plain(self.layer4, (nn.Sequential,)) is not None:
+            return True
+        pooled = plain(self.avgpool, (nn.AdaptiveAvgPool2d,)) is None
+        if not pooled or _pair(self.avgpool.output_size) != (1, 1) or not len(self.layer4):
+            return True
+        return plain(self.layer4[-1], (BasicBlock, Bottleneck)) is not None
 
     def slices(self, x: Tensor) -> bool:
         """Whether a batch may be cut: all that runs is ours or torch's, and nobody is watching."""

@@ -65,7 +65,7 @@ CHAIN_OPS = (
 #: Of them, what saves a pass where an engine has it, and is done in two ops where it has not.
 SPARING_OPS = ("relu_backward_conv_wgrad",)
 #: Those that pool what they convolve where an engine has them, see :func:`pools`.
-POOL_OPS = ("conv_bn_act_maxpool",)
+POOL_OPS = ("conv_bn_act_maxpool", "conv_bn_act_avgpool")
 # What torch has convolutions for, our kernels being around them.
 _CONVOLUTIONS = ("conv_bn_act", "conv_dgrad", "conv_wgrad")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

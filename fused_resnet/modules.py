@@ -183,6 +183,22 @@ def convolve_pooled(
         )
 
 
+def convolve_averaged(
+    engine: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    geometry: tuple[list[int], list[int], list[int], int],
+    residual: Tensor,
+    act: str,
+) -> Tensor:
+    """The means of the images of ``act(conv(x) * scale + shift + residual)``, by one op."""
+    op = engines.implementation("conv_bn_act_avgpool", engine)
+    with below_autograd():
+        return op(x, weight.to(x.dtype), scale, shift, residual, *geometry, act)
+
+
 class BatchNormAct2d(nn.BatchNorm2d):
     """``act(bn(x) + residual)``: :class:`torch.nn.BatchNorm2d` with what follows it in a block.
 

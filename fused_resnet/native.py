@@ -165,6 +165,23 @@ def _fake_conv_bn_act_maxpool(
     return reference.empty_image(x, y.shape, x, weight)
 
 
+def _fake_conv_bn_act_avgpool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+    tf32: bool = False,
+) -> Tensor:
+    y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return reference.empty_image(x, (*y.shape[:2], 1, 1), x, weight)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "eltwise_act": _fake_eltwise_act,
     "bn_scale_shift": _fake_bn_scale_shift,
@@ -176,6 +193,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "conv_pack": _fake_conv_pack,
     "conv_bn_act": _fake_conv_bn_act,
     "conv_bn_act_maxpool": _fake_conv_bn_act_maxpool,
+    "conv_bn_act_avgpool": _fake_conv_bn_act_avgpool,
     **native_training.FAKES,
     **native_chain.FAKES,
     **whole_chain.FAKES,

@@ -193,3 +193,21 @@ def conv_bn_act_maxpool(
     size, step, pad, gap = map(list, (kernel_size, pool_stride, pool_padding, pool_dilation))
     y = F.max_pool2d(y, size, step, pad, gap, ceil_mode=ceil_mode)
     return _in_format_of(y.to(x.dtype), x, weight)
+
+
+def conv_bn_act_avgpool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+) -> Tensor:
+    """The mean over each image of ``act(conv2d(x, weight) * scale[c] + shift[c] + residual)``,
+    whose values are rounded as if they were stored."""
+    geometry = (stride, padding, dilation, groups)
+    return global_avg_pool(conv_bn_act(x, weight, scale, shift, residual, *geometry, act))

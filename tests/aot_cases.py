@@ -176,7 +176,16 @@ def add_stem(
     add("conv_bn_act_maxpool", image_of, weight, of, of, *geometry, *pool, False, "relu")
 
 
+def add_end(dtype: torch.dtype, c: int, k: int, side: int, kernel: int, batch: int = 32) -> None:
+    x, y = (image(batch, n, side, side, dtype=dtype, layout=torch.channels_last) for n in (c, k))
+    weight = image(k, c, kernel, kernel, dtype=dtype, layout=torch.channels_last)
+    of, geometry = vector(k, dtype), ([1, 1], [kernel // 2] * 2, [1, 1], 1)
+    add("conv_bn_act_avgpool", x, weight, of, of, y, *geometry, "relu")
+
+
 for dtype in DTYPES:
+    add_end(dtype, 512, 2048, 7, 1)
+    add_end(dtype, 512, 512, 7, 3)
     add_stem(dtype, (32, 3, 224, 224), 64, 7, 2, 3, 2)
     every = dtype in (torch.bfloat16, torch.float32)
     for convolution in CONVOLUTIONS if every else CONVOLUTIONS[:3]:
@@ -203,6 +212,7 @@ for coeff in (None, [5e-324]):  # whose bits are a one
     add("eltwise_act", [x], "sum", coeff, "none")
     add("eltwise_act_backward", x, [x], None, "sum", coeff, "none")
 add_stem(dtype, (1, 1, 1, 1), 1, 1, 1, 1, 1)
+add_end(dtype, 1, 1, 1, 1, batch=1)
 add("bn_finalize", one, one, 5e-324, *[one] * 4, 5e-324, 5e-324)
 add("bn_scale_shift", one, one, one, one, 5e-324)
 for convolution in (

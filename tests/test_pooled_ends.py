@@ -1,18 +1,20 @@
-"""Where a network's first convolution and the pooling behind it run as one op."""
+"""Where a network's first convolution, and its last, run as one op with the pooling behind them."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from cases import backends, over_backends
-from models import Ops, images, small
+from cases import over_backends
+from models import Ops, bottleneck, images, small
 from tolerances import judge
+from torch import nn
 
 import fused_resnet
 from fused_resnet import engines
 from fused_resnet.frozen_conv import CUDNN
 
-MAXPOOL = "conv_bn_act_maxpool"
+MAXPOOL, AVGPOOL = "conv_bn_act_maxpool", "conv_bn_act_avgpool"
 STEM = ("conv1", "bn1", "relu", "maxpool")
 
 
@@ -86,11 +88,11 @@ def test_not_where_nobody_asks_for_it(engine):
     assert MAXPOOL not in ops.names
 
 
-def test_not_in_training():
-    for param in backends(MAXPOOL):
-        with fused_resnet.use_engine(param.values[0].engine), Ops() as ops:
-            fused_resnet.fuse(small()).stem(images(0, 1, 33))
-        assert MAXPOOL not in ops.names
+@over_backends(MAXPOOL)
+def test_not_in_training(backend):
+    with fused_resnet.use_engine(backend.engine), Ops() as ops:
+        fused_resnet.fuse(small()).stem(images(0, 1, 33))
+    assert MAXPOOL not in ops.names
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference", "vendor", CUDNN])
@@ -98,3 +100,87 @@ def test_only_engines_of_our_own_pool_at_once(engine):
     for op in engines.POOL_OPS:
         assert not engines.pools(op, engine, "cuda", torch.float16)
         assert not engines.pools(op, engine, "cpu", torch.float16)
+
+
+# --- The end. ---
+
+
+def features(seed):
+    return images(seed, 2, 5, 4, channels=24)
+
+
+def run_end(backend, model, x):
+    with torch.no_grad(), fused_resnet.use_engine(backend.engine), Ops() as ops:
+        return model.end(x), AVGPOOL in ops.names
+
+
+@functools.cache
+def _narrow():
+    model = small()
+    model.layer1 = nn.Conv2d(64, 24, 1)
+    model.layer2 = model.layer3 = nn.Identity()
+    model.layer4 = nn.Sequential(bottleneck(0, planes=6), bottleneck(1, planes=6))
+    model.fc = nn.Linear(24, 10)
+    return model
+
+
+def narrow():
+    """A ResNet whose end is of few channels: they are emulated."""
+    return copy.deepcopy(_narrow())
+
+
+@over_backends(AVGPOOL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_end(frozen, dtype, backend):
+    own, plain = backend.engine != "reference", narrow().to(dtype)
+    model = fused_resnet.fuse(narrow()).to(dtype)
+    if frozen:
+        model = fused_resnet.freeze(narrow(), example=images(0, 1, 33), dtype=dtype).model
+        model.layer4[-1].conv3.engine = backend.engine
+    exact = copy.deepcopy(plain).double()
+    sides = [[], [], []]
+    for seed in range(3):
+        x = features(seed).to(dtype)
+        y, at_once = run_end(backend, model, x)
+        assert at_once == own
+        sides[0].append(y)
+        with torch.no_grad():
+            sides[1].append(plain.avgpool(plain.layer4(x)))
+            sides[2].append(exact.avgpool(exact.layer4(x.double())))
+    judge(*sides)
+
+
+@pytest.mark.parametrize("path", ["layer4", "layer4.1", "layer4.1.relu", "avgpool"])
+@over_backends(AVGPOOL)
+def test_what_is_watched_is_called(path, backend):
+    model, seen = fused_resnet.fuse(narrow()), []
+    model.get_submodule(path).register_forward_hook(lambda *call: seen.append(call))
+    assert not run_end(backend, model, features(0))[1]
+    assert seen
+
+
+@over_backends(AVGPOOL)
+def test_end_as_torchs_where_it_is_another(backend):
+    """Another pooling, a block that projects or is of another class, and training."""
+
+    def other_pooling(model):
+        model.avgpool = nn.AdaptiveAvgPool2d(2)
+
+    def projecting_block(model):
+        model.layer4[1] = fused_resnet.fuse(bottleneck(2))
+
+    def own_class(model):
+        model.layer4[1].__class__ = type("Own", (type(model.layer4[1]),), {})
+
+    for change in (other_pooling, projecting_block, own_class, nn.Module.train):
+        model = fused_resnet.fuse(narrow())
+        change(model)
+        assert not run_end(backend, model, features(0))[1]
+
+
+@pytest.mark.parametrize("engine", ["auto", "native", "vendor", "reference"])
+def test_end_not_where_nobody_asks_for_it(engine):
+    with fused_resnet.use_engine(engine), torch.no_grad(), Ops() as ops:
+        fused_resnet.fuse(narrow()).end(features(0))
+    assert AVGPOOL not in ops.names

@@ -17,13 +17,14 @@ def checked(
     weight: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    residual: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     act: str,
-) -> tuple[ConvShape, Tensor | None, Tensor | None]:
-    """The convolution, and scale and shift dense."""
+) -> tuple[ConvShape, Epilogue]:
+    """The convolution, and what follows it with dense tensors."""
     checks.check_dim(op, "x", x, 4)
     checks.check_dtype(op, "x", x)
     checks.check_act(op, act)
@@ -41,7 +42,11 @@ def checked(
     out_vector = (shape.out_channels, accumulation_dtype(x.dtype), x)
     scale = None if scale is None else checks.vector(op, "scale", scale, *out_vector)
     shift = None if shift is None else checks.vector(op, "shift", shift, *out_vector)
-    return shape, scale, shift
+    if residual is not None:
+        checks.check_like(op, "residual", residual, x)
+        checks.check_sizes(op, "residual", residual, shape.out_sizes)
+        residual = channels_last(residual)
+    return shape, Epilogue(scale, shift, residual, act=act)
 
 
 def conv_bn_act(
@@ -60,13 +65,8 @@ def conv_bn_act(
     """See :func:`fused_resnet.reference.conv_bn_act`; ``packed`` is not read."""
     op = "conv_bn_act"
     geometry = (stride, padding, dilation, groups)
-    shape, scale, shift = checked(op, x, weight, scale, shift, *geometry, act)
-    if residual is not None:
-        checks.check_like(op, "residual", residual, x)
-        checks.check_sizes(op, "residual", residual, shape.out_sizes)
-        residual = channels_last(residual)
+    shape, epilogue = checked(op, x, weight, scale, shift, residual, *geometry, act)
     result = empty_image(x, shape.out_sizes, x, weight)
     out = for_writing(result)
-    epilogue = Epilogue(scale, shift, residual, act=act)
     forward(shape, Operand(channels_last(x)), weight, out, epilogue)
     return result if out is result else result.copy_(out)

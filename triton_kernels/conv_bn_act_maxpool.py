@@ -195,7 +195,7 @@ def conv_bn_act_maxpool(
     """See :func:`fused_resnet.reference.conv_bn_act_maxpool`."""
     op = "conv_bn_act_maxpool"
     geometry = (stride, padding, dilation, 1)
-    shape, scale, shift = checked(op, x, weight, scale, shift, *geometry, act)
+    shape, epilogue = checked(op, x, weight, scale, shift, None, *geometry, act)
     pool = Pooling(*map(tuple, (kernel_size, pool_stride, pool_padding, pool_dilation)))
     pool.check(op)
     height, width = pool.output_size(op, shape.out_sizes, ceil_mode)
@@ -221,7 +221,7 @@ def conv_bn_act_maxpool(
     launch(
         conv_bn_act_maxpool_kernel,
         (programs * cdiv(shape.out_channels, config.n),),
-        reads=[channels_last(x), channels_last(weight), scale, shift],
+        reads=[channels_last(x), channels_last(weight), epilogue.scale, epilogue.shift],
         writes=[out],
         numbers=[*shape.size, *shape.out_size, height, width, shape.out_channels],
         CHANNELS=shape.in_channels,

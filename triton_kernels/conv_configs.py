@@ -53,6 +53,10 @@ GRAM_WIDE = (Config(64, 64, 16, 8, 2),)
 POOLED_HALF = (Config(256, 64, 16, 16, 2),)
 POOLED_WIDE = (Config(128, 64, 16, 8, 2),)
 
+#: Of conv_bn_act_avgpool, a tile of which is of one image, the last of a network: 7x7 pixels.
+MEAN_HALF = (Config(64, 128, 64, 4, 3),)
+MEAN_WIDE = (Config(64, 64, 16, 8, 2),)
+
 #: Programs that fill any GPU with two on each of its processors, or nearly.
 _PROGRAMS = 264
 #: Steps below which a range of pixels is not worth its partial result.
@@ -97,6 +101,11 @@ def gram(channels: int, dtype: torch.dtype, arch: int) -> Config:
 def pooled(dtype: torch.dtype) -> Config:
     """For windows over a convolution's output."""
     return chosen(_by_type(POOLED_HALF, POOLED_WIDE, dtype), 0)
+
+
+def mean(dtype: torch.dtype) -> Config:
+    """For the sums of images."""
+    return chosen(_by_type(MEAN_HALF, MEAN_WIDE, dtype), 0)
 
 
 def ranges(tiles: int, steps: int) -> tuple[int, int]:

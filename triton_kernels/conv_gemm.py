@@ -87,7 +87,7 @@ def conv_gemm(
     mask_scale,
     mask_shift,
     mask_mean,
-    out,  # images, [batch, out_h, out_w, groups * columns]
+    out,  # images, [batch, out_h, out_w, groups * columns]; see SUMS
     first,  # of each tile's rows, [tiles, groups * columns]: mean and squared deviations; with a
     second,  # mask, sums of out and of out * (mask_x - mask_mean); or None
     batch,
@@ -126,6 +126,7 @@ def conv_gemm(
     BACKWARD: tl.constexpr,  # a group's weight is [reduced, taps, columns], and not the reverse
     PACKED: tl.constexpr,  # a step goes through several taps; REDUCED_UNIT is a group's channels
     PLAIN: tl.constexpr,  # one tap, and the pixels of x are those of out
+    SUMS: tl.constexpr,  # a tile is of one image, and out has its sums, [images' tiles, channels]
     IN_RELU: tl.constexpr,
     X2_RELU: tl.constexpr,
     RELU: tl.constexpr,
@@ -162,6 +163,11 @@ def conv_gemm(
     rows_w = tl.maximum(rows_w, 1)
     row = tile.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = row < rows
+    if SUMS:
+        image_tiles = tl.cdiv(rows_h * rows_w, BLOCK_M)
+        row = tile % image_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        is_row = row < rows_h * rows_w
+        row += (tile // image_tiles).to(INDEX) * rows_h * rows_w
 
     x_channels = groups * reduced
     pixel = row.to(tl.int64)
@@ -300,8 +306,12 @@ def conv_gemm(
         raw = tl.load(mask_x + place, mask=mask, other=0.0)
         z = operand(raw, None, mask_scale, None, mask_shift, None, out_channel, is_column, False)
         acc = tiles.relu_backward(z, acc)
-    y = acc.to(out.dtype.element_ty)
-    tl.store(out + place, y, mask=mask)
+    y = acc.to(x.dtype.element_ty)
+    if SUMS:
+        total = tl.sum(tl.where(mask, tiles.wide(y), 0.0), axis=0)
+        tl.store(out + tile.to(tl.int64) * out_channels + out_channel, total, mask=is_column)
+    else:
+        tl.store(out + place, y, mask=mask)
 
     if first is not None:
         # Of what was stored, as a pass over it would find.

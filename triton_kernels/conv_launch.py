@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import conv_configs
@@ -31,6 +32,8 @@ class Epilogue(NamedTuple):
     ``spread``: residual has only every so many-th row and column of the result.
     ``sums``: two of [tiles, channels], for the means and squared deviations of each tile's rows;
     with a mask for the sums of the result and of its products with ``mask.x - mask.center``.
+    ``of_images``: instead of the result there are sums of it over tiles of so many rows of each
+    image, see :func:`image_tiles`.
     """
 
     scale: Tensor | None = None
@@ -40,6 +43,7 @@ class Epilogue(NamedTuple):
     act: str = "none"
     mask: Operand | None = None
     sums: tuple[Tensor, Tensor] | None = None
+    of_images: bool = False
 
 
 class Second(NamedTuple):
@@ -90,6 +94,11 @@ def backward_tiles(shape: ConvShape, grad: Operand) -> int:
     return math.prod(shape.stride) * cdiv(_phase_rows(shape), block)
 
 
+def image_tiles(shape: ConvShape, dtype: torch.dtype) -> int:
+    """How many sums over an image's tiles there are."""
+    return cdiv(math.prod(shape.out_size), conv_configs.mean(dtype).m)
+
+
 def _phase_rows(shape: ConvShape) -> int:
     """Rows of the largest of an input gradient's phases."""
     height, width = (cdiv(n, s) for n, s in zip(shape.size, shape.stride, strict=True))
@@ -128,7 +137,9 @@ def _axis(kernel: int, stride: int, dilation: int, is_backward: bool) -> _Axis:
 
 
 @functools.lru_cache(maxsize=1024)
-def _geometry(shape: ConvShape, config: conv_configs.Config, is_backward: bool) -> _Geometry:
+def _geometry(
+    shape: ConvShape, config: conv_configs.Config, is_backward: bool, of_images: bool
+) -> _Geometry:
     axes = [
         _axis(*each, is_backward)
         for each in zip(shape.kernel, shape.stride, shape.dilation, strict=True)
@@ -140,13 +151,16 @@ def _geometry(shape: ConvShape, config: conv_configs.Config, is_backward: bool) 
         channels, sizes = channels[::-1], sizes[::-1]
     else:
         rows, offsets = shape.pixels, (-shape.padding[0], -shape.padding[1])
+    row_tiles = cdiv(rows, config.m)
+    if of_images:
+        row_tiles = shape.batch * cdiv(math.prod(shape.out_size), config.m)
     reduced, columns = channels
     # Of few channels, several taps fill a step.
     packed = reduced < 16 and shape.kernel != (1, 1)
     reduced_unit, column_unit = reduced if packed else alignment(reduced), alignment(columns)
     return _Geometry(
         (
-            cdiv(rows, config.m) * cdiv(columns, config.n) * shape.groups,
+            row_tiles * cdiv(columns, config.n) * shape.groups,
             axes[0].phases * axes[1].phases,
         ),
         (
@@ -166,6 +180,7 @@ def _geometry(shape: ConvShape, config: conv_configs.Config, is_backward: bool) 
             "BACKWARD": is_backward,
             "PACKED": packed,
             "PLAIN": shape.plain,
+            "SUMS": of_images,
             "INDEX": index_type(rows, config.m),
             **config.meta,
         },
@@ -183,7 +198,10 @@ def _launch(
 ) -> None:
     x = source.x
     columns = (shape.in_channels if is_backward else shape.out_channels) // shape.groups
-    geometry = _geometry(shape, _config(columns, source, second), is_backward)
+    config = _config(columns, source, second)
+    if epilogue.of_images:
+        config = conv_configs.mean(x.dtype)
+    geometry = _geometry(shape, config, is_backward, epilogue.of_images)
     reads = [x, source.other, source.scale, source.slope, source.shift, channels_last(weight)]
     numbers: list[int | None] = [None] * 3
     unit, stride = 1, (1, 1)

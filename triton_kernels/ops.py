@@ -18,6 +18,7 @@ from .bn_finalize import bn_finalize
 from .bn_scale_shift import bn_scale_shift
 from .bn_stats import bn_stats
 from .conv_bn_act import conv_bn_act
+from .conv_bn_act_avgpool import conv_bn_act_avgpool
 from .conv_bn_act_maxpool import conv_bn_act_maxpool
 from .conv_chain import (
     bn_act_conv_bn_act,
@@ -58,6 +59,7 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     bn_scale_shift,
     bn_stats,
     conv_bn_act,
+    conv_bn_act_avgpool,
     conv_bn_act_maxpool,
     conv_dgrad,
     conv_dgrad_,

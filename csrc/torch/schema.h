@@ -91,6 +91,10 @@ inline constexpr const char* kOps[] = {
     " int[] padding, int[] dilation, int[] kernel_size, int[] pool_stride, int[] pool_padding,"
     " int[] pool_dilation, bool ceil_mode, str act, bool tf32=False) -> Tensor",
 
+    "conv_bn_act_avgpool(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"
+    " int[] stride, int[] padding, int[] dilation, int groups, str act, bool tf32=False)"
+    " -> Tensor",
+
     // A whole chain on torch's convolutions, forward and backward; training.py is what they are to
     // the bit. What is not kept, or not wanted, is None in the lists.
     "chain_forward(Tensor x, Tensor? residual, Tensor?[] parameters, Tensor(a!)?[] running,"
