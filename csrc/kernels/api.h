@@ -50,8 +50,7 @@ struct PoolShape {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-// out = max over each window of act(x * scale[c] + shift[c]); padding never wins. On CUDA scale and
-// shift may be null.
+// out = max over each window of act(x * scale[c] + shift[c]). On CUDA the vectors may be null.
 struct BnActMaxpoolArgs {
   DType dtype;
   Act act;
@@ -364,8 +363,7 @@ struct ConvWgradArgs {
   bool tf32;
 };
 
-// out = max over each window of conv_bn_act; padding never wins. conv.out is not read, and the
-// convolution has one group.
+// out = max over each window of conv_bn_act, of one group; conv.out is not read.
 struct ConvBnActMaxpoolArgs {
   ConvBnActArgs conv;
   PoolShape pool;
