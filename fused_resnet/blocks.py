@@ -7,7 +7,7 @@ class's own otherwise. ``functools.wraps`` makes torch.fx and torch.jit.script r
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -350,7 +350,7 @@ class ResNet(Stem, torchvision_resnet.ResNet):
     forward = fused_forward(torchvision_resnet.ResNet.forward)
 
 
-class _Chain(Fused):
+class Chained(Fused):
     """A sequence in which a convolution, its BatchNorm and maybe a ReLU are one step."""
 
     def find_pairs(self) -> list[Pair]:
@@ -367,28 +367,32 @@ class _Chain(Fused):
     def skipped(self) -> list[tuple[nn.Module, type]]:
         return [(self.get(p.relu), nn.ReLU) for p in self.pairs() if p.relu]
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Any:
         pairs = {p.conv: p for p in self.pairs()}
-        done: set[str | None] = set()
-        for name in self._modules:
-            if name in done:
-                continue
-            if name in pairs:
-                p = pairs[name]
-                x = self.link(p, x)
-                done |= {p.bn, p.relu}
-            else:
-                x = self._modules[name](x)
+        names = iter(self._modules)
+        for name in names:
+            x, _ = self.step(name, names, pairs, x)
         return x
 
+    def step(
+        self, name: str, rest: Iterator[str], pairs: dict[str, Pair], x: Tensor
+    ) -> tuple[Tensor, str]:
+        """What the module ``name`` begins, and the last module of that; ``rest`` moves up to it."""
+        if name not in pairs:
+            return self._modules[name](x), name
+        last = pairs[name].relu or pairs[name].bn
+        while next(rest) != last:
+            pass
+        return self.link(pairs[name], x), last
 
-class Sequential(_Chain, nn.Sequential):
+
+class Sequential(Chained, nn.Sequential):
     """:class:`torch.nn.Sequential` holding conv, BatchNorm and ReLU in a row, fused."""
 
     forward = fused_forward(nn.Sequential.forward)
 
 
-class Conv2dNormActivation(_Chain, TorchvisionConv2dNormActivation):
+class Conv2dNormActivation(Chained, TorchvisionConv2dNormActivation):
     """:class:`torchvision.ops.Conv2dNormActivation`, fused."""
 
     forward = fused_forward(TorchvisionConv2dNormActivation.forward)

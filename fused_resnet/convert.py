@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
+from . import heads  # noqa: F401 (adds its classes to TWINS)
 from .blocks import TWINS, Fused
 from .conditions import BATCH_NORMS, pair_obstacle, plain
 from .plan import MEMORY
@@ -74,7 +77,7 @@ def _check_model(op: str, model: nn.Module) -> None:
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules with a fused twin, whether swapped already or not, that hold a pair."""
-    inside: set[nn.Module] = set()
+    inside: set[nn.Module] = set(_refused(model))
     originals = _originals()
     for path, m in model.named_modules():
         kind = originals.get(type(m), type(m))
@@ -88,6 +91,16 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if shortcut is not None and any(p.conv.startswith("downsample.") for p in twin.pairs()):
             inside.add(shortcut)
         yield path, m
+
+
+def _refused(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that are left alone whatever they are, and why."""
+    return {
+        inner: f"{type(m).__name__} is made for quantization, whose fuse_model() fuses it"
+        for m in model.modules()
+        if type(m).__module__.startswith("torchvision.models.quantization")
+        for inner in m.modules()
+    }
 
 
 def _as_twin(m: nn.Module) -> Fused:
@@ -122,31 +135,33 @@ def _entries(model: nn.Module) -> Report:
             seen.add((conv, bn))
             reason = overridden or pair_obstacle(conv, bn, twin.norms)
             report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
+    refused = _refused(model)
     for path, m in model.named_modules():
         names = list(m._modules)
         for name, following in itertools.pairwise(names):
             conv, bn = m._modules[name], m._modules[following]
-            if not isinstance(conv, nn.Conv2d) or (conv, bn) in seen:
+            if not isinstance(conv, _ConvNd) or (conv, bn) in seen:
                 continue
-            if isinstance(bn, BATCH_NORMS) or _is_norm(bn):
+            if isinstance(bn, (*BATCH_NORMS, _NormBase, nn.GroupNorm)):
                 reason = f"{type(m).__name__} is not a class that can be fused"
-                if isinstance(m, nn.Sequential | Fused):
+                if isinstance(m, Fused) or type(m) in TWINS:
+                    reason = "what is between them is used elsewhere, too"
+                if m in refused:
+                    reason = refused[m]
+                elif isinstance(m, nn.Sequential | Fused):
                     reason = pair_obstacle(conv, bn) or reason
                 report.append(Entry(_join(path, name), _join(path, following), reason))
     return report
 
 
-def _is_norm(m: nn.Module | None) -> bool:
-    return isinstance(m, nn.modules.batchnorm._NormBase)
-
-
 def fuse(model: M, *, strict: bool = False, memory: str = "auto") -> M:
     """Make ``model`` run fused, in place.
 
-    Modules of known classes (torchvision's ResNet and its blocks, ``Conv2dNormActivation``, and
-    ``nn.Sequential`` where it holds a convolution followed by its BatchNorm) get the class of their
-    fused twin. Parameters, buffers, names, ``state_dict`` and ``isinstance`` stay as they are. What
-    cannot run fused, at conversion or at any later call, runs as before; :func:`report` says why.
+    Modules of known classes (torchvision's and timm's ResNet and their blocks, segmentation heads,
+    ``IntermediateLayerGetter``, ``Conv2dNormActivation``, and ``nn.Sequential`` where it holds a
+    convolution followed by its BatchNorm) get the class of their fused twin. Parameters, buffers,
+    names, ``state_dict`` and ``isinstance`` stay as they are. What cannot run fused, at conversion
+    or at any later call, runs as before; :func:`report` says why.
 
     Args:
         model: any module. Fuse before ``torch.compile``, ``DistributedDataParallel`` and sharding.
