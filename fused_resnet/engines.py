@@ -291,7 +291,7 @@ def implementation(op: str, engine: str) -> Callable[..., Any]:
         return getattr(vendor, op)
     implemented = getattr(getattr(torch.ops, LIBRARIES[engine].namespace), op).default
     # Triton's kernels are launched from Python, and ask there.
-    multiplies = op in POOL_OPS or op.removesuffix("_") in _CONVOLUTIONS
+    multiplies = op in POOL_OPS + CHAIN_OPS or op.removesuffix("_") in _CONVOLUTIONS
     if multiplies and engine != "triton" and allows_tf32():
         return functools.partial(implemented, tf32=True)
     return implemented

@@ -34,6 +34,7 @@ def _bn_act_conv_stats(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = _convolved(x, weight, (stride, padding, dilation, groups))
     return y, _vector(y, y.size(1)), _vector(y, y.size(1))
@@ -57,6 +58,7 @@ def _bn_act_conv_bn_act(
     weight2: Tensor | None = None,
     scale2: Tensor | None = None,
     stride2: Sequence[int] = (1, 1),
+    tf32: bool = False,
 ) -> Tensor:
     return _convolved(x, weight, (stride, padding, dilation, groups))
 
@@ -80,6 +82,7 @@ def _bn_backward_conv_dgrad(
     dilation: list[int],
     groups: int,
     added_stride: int = 1,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (grad.size(0), weight.size(1) * groups, *input_size)
     dx = reference.empty_image(grad, shape, grad, weight)
@@ -102,6 +105,7 @@ def _bn_backward_conv_wgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    tf32: bool = False,
 ) -> Tensor:
     return torch.empty(
         (grad.size(1), x.size(1) // groups, *kernel_size),
@@ -125,6 +129,7 @@ def _bn_act_gram_backward(
     mean: Tensor | None,
     invstd: Tensor | None,
     stride: int = 1,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = reference.empty_image(x, (*x.shape[:2], *grad.shape[2:]), x)
     return dx, *_sums(dx, mean)

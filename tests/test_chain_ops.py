@@ -6,7 +6,18 @@ eager torch here.
 
 import pytest
 import torch
-from cases import LAYOUTS, Source, channels_last, of_tensors, over_backends, placed, shadow, verify
+from cases import (
+    LAYOUTS,
+    Source,
+    backends,
+    channels_last,
+    of_tensors,
+    over_backends,
+    over_dtypes,
+    placed,
+    shadow,
+    verify,
+)
 from conv_cases import GEOMETRIES, GROUPED, Conv
 
 from fused_resnet import engines, reference_chain
@@ -22,9 +33,6 @@ CASES = [
     Conv(0),
 ]
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
-over_types = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.float64], ids=str
-)
 over_whether = pytest.mark.parametrize("whole", [True, False])
 
 
@@ -153,15 +161,21 @@ def test_all_are_tested():
     assert sorted([*INPUTS, *engines.SPARING_OPS]) == sorted(engines.CHAIN_OPS)
 
 
-def over(op):
-    return over_backends(op)
+#: Each op on every backend that has it.
+over_ops = pytest.mark.parametrize(
+    ("op", "backend"),
+    [
+        pytest.param(op, *p.values, id=f"{op}-{p.id}", marks=p.marks)
+        for op in INPUTS
+        for p in backends(op)
+    ],
+)
 
 
-@over(engines.CHAIN_OPS[0])
-@over_types
+@over_ops
+@over_dtypes
 @over_cases
 @over_whether
-@pytest.mark.parametrize("op", INPUTS)
 def test_cases(op, whole, case, dtype, backend):
     check(
         op,
@@ -170,8 +184,8 @@ def test_cases(op, whole, case, dtype, backend):
     )
 
 
-@over("bn_act_conv_bn_act")
-@over_types
+@over_backends("bn_act_conv_bn_act")
+@over_dtypes
 @over_cases
 @pytest.mark.parametrize("scales", [(False, False), (False, True), (True, False), (True, True)])
 def test_projection(scales, case, dtype, backend):
@@ -189,8 +203,8 @@ def test_projection(scales, case, dtype, backend):
     check("bn_act_conv_bn_act", backend, make)
 
 
-@over("bn_backward_conv_dgrad")
-@over_types
+@over_backends("bn_backward_conv_dgrad")
+@over_dtypes
 @over_cases
 @pytest.mark.parametrize("stride", [2, 3])
 def test_added_to_every_so_many(stride, case, dtype, backend):
@@ -203,8 +217,8 @@ def spread(case, source, stride):
     return of_tensors(channels_last, [*given, stride])
 
 
-@over("bn_act_gram_backward")
-@over_types
+@over_backends("bn_act_gram_backward")
+@over_dtypes
 @over_cases
 @over_whether
 def test_gram_of_every_so_many(whole, case, dtype, backend):
@@ -219,9 +233,8 @@ def part(case, source, whole):
     return of_tensors(channels_last, [*given, 2])
 
 
-@over(engines.CHAIN_OPS[0])
-@pytest.mark.parametrize("layout", ["contiguous", "sliced", "negative"])
-@pytest.mark.parametrize("op", INPUTS)
+@over_ops
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "misaligned", "negative"])
 def test_layouts(op, layout, backend):
     def make(seed):
         return of_tensors(LAYOUTS[layout], INPUTS[op](CASES[0], Source(seed, torch.float32), True))
@@ -249,31 +262,36 @@ def check_fake(op, given):
         assert placed(a) == placed(b)
 
 
+BAD = [
+    ("bn_act_conv_stats", 1, None, "scale, shift must be given together"),
+    ("bn_act_conv_stats", 3, "gelu", 'act must be "none" or "relu"'),
+    ("bn_act_conv_bn_act", 7, torch.ones(2, 20, 9, 9), "residual must have shape"),
+    ("bn_act_conv_bn_act", 13, None, "x2, weight2 must be given together"),
+    ("bn_act_conv_bn_act", 13, torch.ones(2, 20, 9, 30), "x2 must have .2, 9, 10. images"),
+    ("bn_act_conv_bn_act", 14, torch.ones(20, 20, 3, 3), "weight2 must have shape .20, 20, 1"),
+    ("bn_act_conv_bn_act", 15, torch.ones(19), "scale2 must have shape"),
+    ("bn_act_conv_bn_act", 16, [0, 3], "stride2 must be two integers of at least 1"),
+    ("bn_backward_conv_dgrad", 1, None, "y, b must be given together"),
+    ("bn_backward_conv_dgrad", 7, None, "x, scale, shift, mean, invstd must be given together"),
+    ("bn_backward_conv_dgrad", 17, 2, "added must have shape .2, 17, 5, 5."),
+    ("bn_backward_conv_dgrad", 17, 0, "added_stride must be at least 1"),
+    ("bn_backward_conv_wgrad", 5, torch.ones(2, 17, 9, 9), "grad must have shape"),
+    ("bn_act_gram_backward", 7, torch.ones(17, 16), "matrix must have shape"),
+    ("bn_act_gram_backward", 12, 0, "stride must be at least 1"),
+    ("bn_act_gram_backward", 12, 2, "stride must be 1 with mean and invstd"),
+]
+
+
 @pytest.mark.parametrize(
-    ("op", "at", "value", "words"),
+    ("op", "at", "value", "words", "backend"),
     [
-        ("bn_act_conv_stats", 1, None, "scale, shift must be given together"),
-        ("bn_act_conv_stats", 3, "gelu", 'act must be "none" or "relu"'),
-        ("bn_act_conv_bn_act", 7, torch.ones(2, 20, 9, 9), "residual must have shape"),
-        ("bn_act_conv_bn_act", 13, None, "x2, weight2 must be given together"),
-        ("bn_act_conv_bn_act", 13, torch.ones(2, 20, 9, 30), "x2 must have .2, 9, 10. images"),
-        ("bn_act_conv_bn_act", 14, torch.ones(20, 20, 3, 3), "weight2 must have shape .20, 20, 1"),
-        ("bn_act_conv_bn_act", 15, torch.ones(19), "scale2 must have shape"),
-        ("bn_act_conv_bn_act", 16, [0, 3], "stride2 must be two integers of at least 1"),
-        ("bn_backward_conv_dgrad", 1, None, "y, b must be given together"),
-        ("bn_backward_conv_dgrad", 7, None, "x, scale, shift, mean, invstd must be given together"),
-        ("bn_backward_conv_dgrad", 17, 2, "added must have shape .2, 17, 5, 5."),
-        ("bn_backward_conv_dgrad", 17, 0, "added_stride must be at least 1"),
-        ("bn_backward_conv_wgrad", 5, torch.ones(2, 17, 9, 9), "grad must have shape"),
-        ("bn_act_gram_backward", 7, torch.ones(17, 16), "matrix must have shape"),
-        ("bn_act_gram_backward", 12, 0, "stride must be at least 1"),
-        ("bn_act_gram_backward", 12, 2, "stride must be 1 with mean and invstd"),
+        pytest.param(*bad, *p.values, id=f"{bad[3]}-{p.id}", marks=p.marks)
+        for bad in BAD
+        for p in backends(bad[0])
+        if p.values[0].engine != "reference"
     ],
 )
-@over(engines.CHAIN_OPS[0])
 def test_bad_input(op, at, value, words, backend):
-    if backend.engine == "reference":
-        return
     given = INPUTS[op](CASES[0], Source(0, torch.float32), True)
     given[at : at + 1] = [value]
     with pytest.raises(RuntimeError, match=f"{op}: {words}"):

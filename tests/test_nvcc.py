@@ -52,6 +52,10 @@ BUDGET = {
     "conv_bn_act": Budget(registers=168, wide=None),
     "conv_wgmma": Budget(registers=112, wide=None),  # two blocks of 288 threads
     "conv_bn_act_maxpool": Budget(registers=128, wide=0),
+    "bn_act_conv_bn_act": Budget(registers=168, wide=None),
+    "bn_act_conv_stats": Budget(registers=64, shared=4608),
+    "bn_backward_conv_dgrad": Budget(registers=64, shared=4608),
+    "bn_backward_conv_wgrad": Budget(registers=160, shared=2048, wide=None),
     "conv_pack": Budget(registers=64),
     "conv_wgrad": Budget(registers=160, shared=2048, wide=None),
     "bn_act_maxpool": Budget(registers=80, wide=4),
@@ -60,12 +64,20 @@ BUDGET = {
     "bn_act_maxpool_backward_reduce": Budget(registers=128, shared=16384, wide=8),
     "global_avg_pool": Budget(registers=80, shared=8192, wide=8),
 }
-NO_KERNELS = {"conv_dgrad"}  # it launches conv_bn_act's
+#: They launch those of conv_bn_act and bn_act_conv_bn_act.
+NO_KERNELS = {"conv_dgrad", "bn_act_gram_backward"}
 
 MMA = {
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
+}
+STAGES_OF_DEPTH = {
+    *MMA,
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+    "cp.async.cg.shared.global",
+    "ld.global.v4",
+    "st.global.wb.v4",
 }
 STAGES_OF_PIXELS = {
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
@@ -80,13 +92,8 @@ INSTRUCTIONS = {
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
         *STAGES_OF_PIXELS,
     },
-    "conv_bn_act": {
-        *MMA,
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
-        "cp.async.cg.shared.global",
-        "ld.global.v4",
-        "st.global.wb.v4",
-    },
+    "conv_bn_act": STAGES_OF_DEPTH,
+    "bn_act_conv_bn_act": {*STAGES_OF_DEPTH, "ld.shared.v4", "st.shared.v4"},
     "conv_bn_act_maxpool": {
         *MMA,
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
@@ -94,6 +101,7 @@ INSTRUCTIONS = {
         "st.global.wb.v4",
     },
     "conv_wgrad": {*MMA, *STAGES_OF_PIXELS},
+    "bn_backward_conv_wgrad": {*MMA, *STAGES_OF_PIXELS},
     "conv_wgmma": {
         *(
             f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{half}.{half}"

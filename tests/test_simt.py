@@ -139,17 +139,32 @@ def test_plans_of_convolutions(drivers):
         ("f64", "sanitized", ("last_ahead",)),
     ],
 )
-def test_convolution_in_every_tile(drivers, dtype, build, orders):
+@pytest.mark.parametrize("check", ["conv", "chain"])
+def test_convolution_in_every_tile(drivers, check, dtype, build, orders):
     """Also those that a plan for an emulated GPU would not choose, and split sums."""
     for order in orders:
-        passing(drivers[build], order, "conv", dtype)
+        passing(drivers[build], order, check, dtype)
 
 
-@pytest.mark.parametrize("op", ["conv_bn_act", "conv_bn_act_maxpool", "conv_dgrad", "conv_wgrad"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "conv_bn_act",
+        "conv_bn_act_maxpool",
+        "conv_dgrad",
+        "conv_wgrad",
+        "bn_act_conv_bn_act",
+        "bn_act_conv_stats",
+        "bn_backward_conv_dgrad",
+        "bn_backward_conv_wgrad",
+        "bn_act_gram_backward",
+    ],
+)
 def test_tf32_is_taken_where_torch_takes_it(simt, monkeypatch, op):
     """Then products are rounded to 11 bits, and never otherwise."""
     x, weight = torch.randn(1, 16, 5, 6), torch.randn(16, 16, 3, 3)
     geometry = [[1, 1], [1, 1], [1, 1], 1]
+    normalised, ones, point = (None, None, "none"), torch.ones(16), weight[..., :1, :1]
     arguments = {
         "conv_bn_act": (x, weight, None, None, None, *geometry, "none"),
         "conv_bn_act_maxpool": (
@@ -158,13 +173,44 @@ def test_tf32_is_taken_where_torch_takes_it(simt, monkeypatch, op):
         ),
         "conv_dgrad": (x, weight, None, [5, 6], *geometry),
         "conv_wgrad": (x, x, None, None, "none", [3, 3], *geometry),
+        "bn_act_conv_bn_act": (x, *normalised, weight, None, None, None, *geometry, "none"),
+        "bn_act_conv_stats": (x, *normalised, weight, *geometry),
+        "bn_backward_conv_dgrad": (
+            x,
+            None,
+            ones,
+            None,
+            None,
+            weight,
+            *[None] * 6,
+            [5, 6],
+            *geometry,
+        ),
+        "bn_backward_conv_wgrad": (x, *[None] * 4, x, None, *normalised, [3, 3], *geometry),
+        "bn_act_gram_backward": (
+            x,
+            point,
+            x,
+            *normalised[:2],
+            ones,
+            "none",
+            point[..., 0, 0],
+            ones,
+            *[None] * 3,
+        ),
     }[op]
-    exact = engines.implementation(op, "reference")(
-        *(t.double() if isinstance(t, torch.Tensor) else t for t in arguments)
+
+    def first(results):
+        return results[0] if isinstance(results, tuple) else results
+
+    exact = first(
+        engines.implementation(op, "reference")(
+            *(t.double() if isinstance(t, torch.Tensor) else t for t in arguments)
+        )
     )
 
     def error():
-        result = engines.implementation(op, "simt")(*arguments)
+        result = first(engines.implementation(op, "simt")(*arguments))
         return float((result - exact).abs().max() / exact.abs().max())
 
     monkeypatch.setattr(engines, "_has_gpu", lambda: True)
@@ -195,9 +241,11 @@ def test_kernels_under_sanitizers():
         toolkit.output_of(compiler, f"-print-file-name={name}").strip()
         for name in ("libasan.so", "libstdc++.so")  # ASan looks for what throws when it starts
     ]
-    files = [f"tests/test_{name}.py" for name in ("conv_wgmma", *sorted(EMULATED["simt"].ops))]
+    ops = EMULATED["simt"].ops
+    names = {"chain_ops" if op in engines.CHAIN_OPS else op for op in ops}
+    files = [f"tests/test_{name}.py" for name in ("conv_wgmma", *sorted(names))]
     convolutions = "test_epilogues or test_without_added or test_prologues or test_activations"
-    shapes = "test_shapes and (float32 or bfloat16)"
+    shapes = "(test_shapes or test_cases) and (float32 or bfloat16)"
     chosen = f"simt and ({shapes} or bfloat16 and ({convolutions}))"
     options = ["-q", "-s", "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(

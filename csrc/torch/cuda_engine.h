@@ -4,6 +4,7 @@
 #include "../kernels/cuda/workspace.h"
 #include "ops.h"
 #include "ops_chain_backward.h"
+#include "ops_conv_chain_backward.h"
 #include "ops_pooled.h"
 #include "ops_training.h"
 #include "ops_training_conv.h"
@@ -18,6 +19,7 @@ namespace fused_resnet::glue {
   }
 FUSED_RESNET_OPS(FR_LAUNCH)
 FUSED_RESNET_POOL_OPS(FR_LAUNCH)
+FUSED_RESNET_CHAIN_OPS(FR_LAUNCH)
 #undef FR_LAUNCH
 
 // Launches on one stream, each op with a workspace of its own from torch's allocator, which may
@@ -79,6 +81,11 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("bn_act_maxpool_backward_reduce",
                TORCH_BOX(&bn_act_maxpool_backward_reduce<Device>));
   library.impl("bn_act_maxpool_backward", TORCH_BOX(&bn_act_maxpool_backward<Device>));
+  library.impl("bn_act_conv_stats", TORCH_BOX(&bn_act_conv_stats<Device>));
+  library.impl("bn_act_conv_bn_act", TORCH_BOX(&bn_act_conv_bn_act<Device>));
+  library.impl("bn_backward_conv_dgrad", TORCH_BOX(&bn_backward_conv_dgrad<Device>));
+  library.impl("bn_backward_conv_wgrad", TORCH_BOX(&bn_backward_conv_wgrad<Device>));
+  library.impl("bn_act_gram_backward", TORCH_BOX(&bn_act_gram_backward<Device>));
   library.impl("chain_forward", TORCH_BOX(&chain_forward<Device>));
   library.impl("chain_backward", TORCH_BOX(&chain_backward<Device>));
 }

@@ -105,28 +105,29 @@ inline constexpr const char* kOps[] = {
     " int[] steps, int[] wanted, bool need_x, bool need_residual, bool identity, bool shortcut,"
     " str act) -> Tensor?[]",
 
-    // Those of chains, which the Triton engine has: each is the chain of ops that its name says.
+    // Those of chains, which engines of GPUs have: each is the chain of ops that its name says.
     "bn_act_conv_stats(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor weight,"
-    " int[] stride, int[] padding, int[] dilation, int groups)"
+    " int[] stride, int[] padding, int[] dilation, int groups, bool tf32=False)"
     " -> (Tensor y, Tensor mean, Tensor m2)",
 
     "bn_act_conv_bn_act(Tensor x, Tensor? in_scale, Tensor? in_shift, str in_act, Tensor weight,"
     " Tensor? scale, Tensor? shift, Tensor? residual, int[] stride, int[] padding, int[] dilation,"
     " int groups, str act, Tensor? x2=None, Tensor? weight2=None, Tensor? scale2=None,"
-    " int[] stride2=[1, 1]) -> Tensor",
+    " int[] stride2=[1, 1], bool tf32=False) -> Tensor",
 
     "bn_backward_conv_dgrad(Tensor grad, Tensor? y, Tensor a, Tensor? b, Tensor? c, Tensor weight,"
     " Tensor? added, Tensor? x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? invstd,"
     " int[] input_size, int[] stride, int[] padding, int[] dilation, int groups,"
-    " int added_stride=1) -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
+    " int added_stride=1, bool tf32=False) -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
 
     "bn_backward_conv_wgrad(Tensor grad, Tensor? y, Tensor? a, Tensor? b, Tensor? c, Tensor x,"
     " Tensor? scale, Tensor? shift, Tensor? center, str act, int[] kernel_size, int[] stride,"
-    " int[] padding, int[] dilation, int groups) -> Tensor",
+    " int[] padding, int[] dilation, int groups, bool tf32=False) -> Tensor",
 
     "bn_act_gram_backward(Tensor grad, Tensor weight, Tensor x, Tensor? scale, Tensor? shift,"
     " Tensor center, str act, Tensor matrix, Tensor offset, Tensor? added, Tensor? mean,"
-    " Tensor? invstd, int stride=1) -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
+    " Tensor? invstd, int stride=1, bool tf32=False)"
+    " -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
 
     "relu_backward_conv_wgrad(Tensor grad, Tensor out, Tensor x, Tensor? scale, Tensor? shift,"
     " Tensor? center, str act) -> (Tensor g, Tensor sum_g, Tensor dw)",

@@ -1,87 +1,11 @@
 // Checks the CUDA convolution in every tile and with every number of splits, against nested loops
 // in double, within the bound that rounding every operation allows.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cmath>
-#include <memory>
-#include <random>
-#include <vector>
-
 #include "../../csrc/kernels/cuda/conv.cuh"
-#include "../convolution.h"
-#include "check.h"
+#include "conv_problem.h"
 
 using namespace fused_resnet;
 
 namespace {
-
-// The units of rounding to the storage type, and to what its products are made of.
-template <class T>
-struct Type;
-template <>
-struct Type<float> {
-  static constexpr DType dtype = DType::f32;
-  static constexpr double unit = 0x1p-24, least = 0x1p-149;
-};
-template <>
-struct Type<double> {
-  static constexpr DType dtype = DType::f64;
-  static constexpr double unit = 0x1p-53, least = 0x1p-1074;
-};
-template <>
-struct Type<__nv_bfloat16> {
-  static constexpr DType dtype = DType::bf16;
-  static constexpr double unit = 0x1p-8, least = 0x1p-133;
-};
-template <>
-struct Type<__half> {
-  static constexpr DType dtype = DType::f16;
-  static constexpr double unit = 0x1p-11, least = 0x1p-24;
-};
-
-template <class T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-std::mt19937 generator(1);
-
-// n numbers in [-1, 1), `offset` elements behind an aligned address, that end where their memory
-// ends.
-template <class T>
-class Array {
- public:
-  explicit Array(int64_t n, int64_t offset = 0) : size(n), offset_(offset) {
-    void* p = nullptr;
-    check(posix_memalign(&p, 64, (offset + n) * sizeof(T)) == 0, "out of memory");
-    memory_.reset(static_cast<T*>(p));
-    for (int64_t i = 0; i < n; ++i)
-      data()[i] = T(static_cast<float>(generator() >> 8) / (1 << 23) - 1);
-  }
-  T* data() const { return memory_.get() + offset_; }
-  double at(int64_t i) const { return static_cast<double>(static_cast<Acc<T>>(data()[i])); }
-  const int64_t size;
-
- private:
-  int64_t offset_;
-  std::unique_ptr<T, decltype(&free)> memory_{nullptr, free};
-};
-
-struct Case {
-  int64_t batch, height, width, in, out;
-  int kernel = 1, stride = 1, padding = 0, dilation = 1;
-  int64_t groups = 1;
-  int64_t misaligned = 0;
-
-  std::string text() const {
-    return std::to_string(in) + "->" + std::to_string(out) + " k" + std::to_string(kernel) + " s" +
-           std::to_string(stride) + " g" + std::to_string(groups) + " pixels " +
-           std::to_string(height) + "x" + std::to_string(width);
-  }
-  ConvShape shape() const {
-    return measured(
-        conv_shape(batch, height, width, in, out, kernel, stride, padding, dilation, groups));
-  }
-};
 
 template <class T>
 class Problem {

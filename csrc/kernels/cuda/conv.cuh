@@ -37,6 +37,8 @@ struct Conv {
 // The convolution of `s` whose pointers are null and whose weight is dense, [out_channels][kernel]
 // [in_channels / groups]; false where a size is beyond 31 bits.
 bool describe(DType dtype, bool tf32, const ConvShape& s, Conv* conv);
+// The convolution of conv_bn_act.
+bool describe(const ConvBnActArgs& args, Conv* conv);
 
 // Whether each 16 bytes of the depth are in one place of x and of the weight.
 bool reads_wide(const Conv& conv);

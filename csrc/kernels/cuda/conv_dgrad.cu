@@ -1,77 +1,11 @@
-// The gradient of a convolution's input is a convolution of `grad`, with the weight transposed over
-// channels and read backwards over kernel positions; with a stride, one for each phase, which
-// writes the phase's pixels of dx.
-#include "../conv_phase.h"
-#include "conv.cuh"
+// conv_bn_act's kernels make all of it; see conv_dgrad.cuh.
+#include "conv_dgrad.cuh"
 #include "workspace.h"
 
 namespace fused_resnet::cuda {
 
-namespace {
-
-struct Job {
-  const ConvDgradArgs& args;
-  const ConvShape& s;
-  Conv whole;  // with the kernel as it lies in memory
-  bool fits, packs;
-
-  explicit Job(const ConvDgradArgs& args) : args(args), s(args.shape) {
-    const ConvShape transposed{s.batch,
-                               s.out_height,
-                               s.out_width,
-                               s.out_channels,
-                               s.height,
-                               s.width,
-                               s.in_channels,
-                               {s.kernel[0], s.kernel[1]},
-                               {1, 1},
-                               {0, 0},
-                               {s.dilation[0], s.dilation[1]},
-                               s.groups};
-    fits = describe(args.dtype, args.tf32, transposed, &whole);
-    if (!fits) return;
-    whole.x = args.grad;
-    whole.weight = args.weight;
-    for (int d : {2, 3}) whole.weight_stride[d] = args.weight_stride[d];
-    whole.weight_stride[0] = args.weight_stride[1];
-    whole.weight_stride[1] = args.weight_stride[0];
-    whole.group_stride = args.weight_stride[0] * (s.out_channels / s.groups);
-    packs = !reads_wide(whole) && packs_wide(whole);
-  }
-
-  int64_t element_bytes() const { return conv_element_bytes(args.dtype); }
-  int64_t pack_bytes() const { return packs ? packed_bytes(whole) : 0; }
-  bool dense() const { return s.stride[0] == 1 && s.stride[1] == 1; }
-
-  Conv phase(const Phase& h, const Phase& w) const {
-    Conv c = whole;
-    const Phase* const axes[2] = {&h, &w};
-    const bool reached = h.taps > 0 && w.taps > 0;
-    int64_t first = 0;
-    for (int i = 0; i < 2; ++i) {
-      c.kernel[i] = reached ? static_cast<int>(axes[i]->taps) : i;  // no row of one column
-      c.padding[i] = static_cast<int>(axes[i]->padding);
-      c.dilation[i] = static_cast<int>(axes[i]->dilation);
-      if (reached) first += axes[i]->last * whole.weight_stride[2 + i];
-      c.weight_stride[2 + i] = -axes[i]->step * whole.weight_stride[2 + i];
-    }
-    c.weight = static_cast<const char*>(whole.weight) + first * element_bytes();
-    c.out_height = static_cast<int>(h.size);
-    c.out_width = static_cast<int>(w.size);
-    c.out_stride[0] = s.height * s.width * s.in_channels;
-    c.out_stride[1] = s.stride[0] * s.width * s.in_channels;
-    c.out_stride[2] = s.stride[1] * s.in_channels;
-    const int64_t at = (h.first * s.width + w.first) * s.in_channels * element_bytes();
-    c.out = static_cast<char*>(args.dx) + at;
-    if (args.added) c.residual = static_cast<const char*>(args.added) + at;
-    return c;
-  }
-};
-
-}  // namespace
-
 int64_t workspace_bytes(const ConvDgradArgs& args, const Gpu& gpu) {
-  const Job job(args);
+  const DgradJob job(args);
   if (!job.fits) return 0;
   int64_t partial = 0;
   if (job.dense()) {
@@ -82,7 +16,7 @@ int64_t workspace_bytes(const ConvDgradArgs& args, const Gpu& gpu) {
 }
 
 Status conv_dgrad(const ConvDgradArgs& args, const Place& place) {
-  Job job(args);
+  DgradJob job(args);
   const ConvShape& s = args.shape;
   if (!job.fits) return Status::unsupported;
   unsigned char* const partial = static_cast<unsigned char*>(place.workspace) + job.pack_bytes();
@@ -91,14 +25,11 @@ Status conv_dgrad(const ConvDgradArgs& args, const Place& place) {
     const Status status = pack(&job.whole, place.workspace, place.stream);
     if (status != Status::ok) return status;
   }
-  for (int64_t h = 0; h < s.stride[0] && h < s.height; ++h)
-    for (int64_t w = 0; w < s.stride[1] && w < s.width; ++w) {
-      const Conv c = job.phase(phase_of(s, 0, h), phase_of(s, 1, w));
-      if (c.depth() == 0 && args.added == args.dx) continue;  // it is there already
-      const Status status = convolve(c, plan_of(c, place.gpu, job.dense()), partial, place.stream);
-      if (status != Status::ok) return status;
-    }
-  return Status::ok;
+  return job.each_phase([&](const Phase& h, const Phase& w) {
+    const Conv c = job.phase(h, w);
+    if (c.depth() == 0 && args.added == args.dx) return Status::ok;  // it is there already
+    return convolve(c, plan_of(c, place.gpu, job.dense()), partial, place.stream);
+  });
 }
 
 }  // namespace fused_resnet::cuda

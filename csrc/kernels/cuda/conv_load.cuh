@@ -100,11 +100,20 @@ __device__ __forceinline__ const T* input_at(const Conv& c, const T* x, int64_t 
   return inside ? x + (in + (int64_t{down} * c.width + across) * c.channels + k.channel) : nullptr;
 }
 
+// An element as it is.
+struct AsRead {
+  template <class T>
+  __device__ __forceinline__ T operator()(const T* from, const Depth&) const {
+    return *from;
+  }
+};
+
 // Brings the chunks of `rows` rows at one position of the depth: `element(i, at)` points to that of
-// the i-th row that the thread has, or is null where there are zeros.
-template <class T, int rows, int threads, bool wide, class Element>
+// the i-th row that the thread has, or is null where there are zeros. Elements that are loaded one
+// by one are read(pointer, at).
+template <class T, int rows, int threads, bool wide, class Element, class Read = AsRead>
 __device__ __forceinline__ void load_chunks(const Conv& c, Depth at, unsigned char* stage,
-                                            const Element& element) {
+                                            const Element& element, const Read& read = {}) {
   constexpr int kCount = rows * kRowChunks / threads, n = 16 / sizeof(T);
   const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
   auto place = [&](int i) { return stage + chunk_at(row + i * (threads / kRowChunks), chunk); };
@@ -120,7 +129,7 @@ __device__ __forceinline__ void load_chunks(const Conv& c, Depth at, unsigned ch
     for (int k = 0; k < n; ++k) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (const T* from = element(i, at)) values[i].at[k] = *from;
+        if (const T* from = element(i, at)) values[i].at[k] = read(from, at);
       }
       at.advance(c, 1);
     }
@@ -148,10 +157,13 @@ struct PixelRows {
     }
   }
 
+  // That of the thread's i-th row.
+  __device__ __forceinline__ const T* element(const Conv& c, int i, const Depth& k) const {
+    return input_at(c, x, in[i], h[i], w[i], k);
+  }
   __device__ __forceinline__ void load(const Conv& c, const Depth& at, unsigned char* stage) const {
-    load_chunks<T, rows, threads, wide>(c, at, stage, [&](int i, const Depth& k) -> const T* {
-      return input_at(c, x, in[i], h[i], w[i], k);
-    });
+    load_chunks<T, rows, threads, wide>(c, at, stage,
+                                        [&](int i, const Depth& k) { return element(c, i, k); });
   }
 };
 

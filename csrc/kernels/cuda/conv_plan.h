@@ -81,6 +81,17 @@ inline ConvPlan plan_conv(const ConvSizes& s, const Gpu& gpu, bool may_split) {
   return plan;
 }
 
+// From how many blocks on a convolution of a chain has the largest tile: about the
+// multiprocessors of a GPU, but the same for all. What is reduced by tiles must not depend on it.
+constexpr int64_t kChainBlocks = 128;
+
+inline int chain_tile(const ConvSizes& s) {
+  constexpr int kLargest = kConvTileCount - 1;
+  const ConvTile& large = kConvTiles[kLargest];
+  const bool fits = s.math == Math::tensor && s.wide && 2 * s.columns > large.columns;
+  return fits && conv_blocks(s, large) >= kChainBlocks ? kLargest : 0;
+}
+
 // The matrix product that a weight's gradient is, of one group: summed over pixels.
 struct WgradSizes {
   DType dtype;

@@ -8,7 +8,8 @@
 
 namespace fused_resnet::cuda {
 
-template <class T_, class Sums_, int rows, int columns, bool wide>
+// Stages of a widened block have room for a second image's values beside the rows'.
+template <class T_, class Sums_, int rows, int columns, bool wide, bool widened = false>
 struct PixelBlock {
   using T = T_;
   using Sums = Sums_;
@@ -17,8 +18,9 @@ struct PixelBlock {
   static constexpr int kAtOnce = pixel_blocks(sizeof(T), kThreads);  // on a multiprocessor
   static constexpr int kDepth = kStagePixels;
   static constexpr int kRowsBytes = kDepth * rows * static_cast<int>(sizeof(T));
-  static constexpr int kStageBytes = kDepth * (rows + columns) * static_cast<int>(sizeof(T));
-  static constexpr int kStages = wide ? 4 : 2;  // what is not wide is not copied ahead
+  static constexpr int kOperandBytes = kDepth * (rows + columns) * static_cast<int>(sizeof(T));
+  static constexpr int kStageBytes = kOperandBytes + (widened ? kRowsBytes : 0);
+  static constexpr int kStages = wide ? 4 - widened : 2;  // what is not wide is not copied ahead
   static constexpr int kBytes = kStages * (kStageBytes + kDepth * static_cast<int>(sizeof(Source)));
   static_assert(kThreads >= kStages * kDepth);
 };

@@ -1,7 +1,7 @@
 // How much memory of the caller's a launcher works in, beside its arguments.
 #pragma once
 
-#include "../api.h"
+#include "../api_chain.h"
 
 namespace fused_resnet::cuda {
 
@@ -18,6 +18,11 @@ int64_t workspace_bytes(const ConvBnActArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvBnActMaxpoolArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvDgradArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvWgradArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const BnActConvBnActArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const BnActConvStatsArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const BnBackwardConvDgradArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const BnBackwardConvWgradArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const BnActGramBackwardArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActMaxpoolBackwardReduceArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActMaxpoolBackwardArgs& args, const Gpu& gpu);
 
