@@ -52,6 +52,13 @@ class Pair(NamedTuple):
     relu: str | None = None  #: the path of the activation, where that is a step of its own
 
 
+class Group(NamedTuple):
+    """What runs fused together, or not: pairs, and modules whose call is skipped."""
+
+    pairs: list[Pair]
+    skipped: list[tuple[nn.Module, type]]
+
+
 class Fused(_Base):
     """What the fused classes share. A subclass lists its pairs and runs itself from them."""
 
@@ -78,19 +85,23 @@ class Fused(_Base):
         """Modules besides the pairs whose call is skipped, each with the type it must be of."""
         return []
 
+    def fused_groups(self) -> list[Group]:
+        """The pairs by what an obstacle to one of them stops."""
+        return [Group(self.pairs(), self.skipped())]
+
     def run(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def pair(self, p: Pair, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(bn(conv(x)) + residual)``."""
         conv = self.get(p.conv)
-        if self.frozen_pairs is not None:
+        if type(conv) is FrozenConv:
             return conv(x, p.act, residual)
         return conv_bn(conv, self.get(p.bn), x, p.act, residual)
 
     def link(self, p: Pair, x: Tensor) -> Tensor:
         """A pair that may train or not, whatever others do: ``act(bn(conv(x)))``."""
-        if self.frozen_pairs is not None:
+        if type(self.get(p.conv)) is FrozenConv:
             return self.pair(p, x)
         return conv_bn_chain(*self.modules_of(p), x, p.act)
 
@@ -113,6 +124,40 @@ class Fused(_Base):
         if self.frozen_pairs is not None:
             return conv.weight, conv.scale, conv.shift, conv.geometry
         return conv.weight, *pair_scale_shift(conv, bn), geometry_of(conv)
+
+    def run_chain(
+        self,
+        pairs: Sequence[Pair],
+        x: Tensor,
+        residual: Tensor | None = None,
+        shortcut: Pair | None = None,
+    ) -> Tensor:
+        """Pairs one after the other; to the last is added the residual, or what shortcut makes."""
+        every = [*pairs] if shortcut is None else [*pairs, shortcut]
+        modules = [self.modules_of(p) for p in every]
+        own = None if shortcut is None else modules[-1]
+        frozen = type(modules[0][0]) is FrozenConv
+        if not frozen and trains(modules, x, residual):
+            same = residual is x
+            return chain(
+                modules[: len(pairs)],
+                x,
+                None if same else residual,
+                shortcut=own,
+                identity=same,
+                act=pairs[-1].act,
+                memory=self.memory,
+            )
+        joined = own is not None and not frozen and joins(own[0], x)
+        if shortcut is not None and not joined:
+            residual = self.pair(shortcut, x)
+        y = x
+        for p in pairs:
+            if p.residual and own is not None and joined:
+                y = conv_bn_joined(self.modules_of(p), own, y, x, p.act)
+            else:
+                y = self.pair(p, y, residual if p.residual else None)
+        return y
 
     def get(self, path: str) -> Any:
         m: Any = self
@@ -177,17 +222,11 @@ class Residual(Fused):
         return [(self.relu, nn.ReLU)]
 
     def run(self, x: Tensor) -> Tensor:
-        if self.trains(x):
-            return self.run_training(x)
-        joined = _SHORTCUT in self.pairs() and self.frozen_pairs is None
-        joined = joined and joins(self.get(_SHORTCUT.conv), x)
-        shortcut, y = None if joined else self.shortcut(x), x
-        for p in self.chain:
-            if p.residual and shortcut is None:
-                y = conv_bn_joined(self.modules_of(p), self.modules_of(_SHORTCUT), y, x, p.act)
-            else:
-                y = self.pair(p, y, shortcut if p.residual else None)
-        return y
+        if self.downsample is None:
+            return self.run_chain(self.chain, x, x)
+        if _SHORTCUT in self.pairs():
+            return self.run_chain(self.chain, x, shortcut=_SHORTCUT)
+        return self.run_chain(self.chain, x, self.downsample(x))
 
     def shortcut(self, x: Tensor) -> Tensor:
         if self.downsample is None:
@@ -211,14 +250,6 @@ class Residual(Fused):
         for p in self.chain[:-1]:
             y = self.pair(p, y)
         return convolve_averaged(engine, y, *self.tensors_of(last), x, last.act)
-
-    def run_training(self, x: Tensor) -> Tensor:
-        pairs = [self.modules_of(p) for p in self.chain]
-        if self.downsample is None:
-            return chain(pairs, x, identity=True, memory=self.memory)
-        if _SHORTCUT in self.pairs():
-            return chain(pairs, x, shortcut=self.modules_of(_SHORTCUT), memory=self.memory)
-        return chain(pairs, x, self.downsample(x), memory=self.memory)
 
 
 class BasicBlock(Residual, torchvision_resnet.BasicBlock):

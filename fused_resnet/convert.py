@@ -122,19 +122,20 @@ def _entries(model: nn.Module) -> Report:
     seen: set[tuple[nn.Module, nn.Module]] = set()
     for path, m in _candidates(model):
         twin = _as_twin(m)
-        overridden = None
-        if "forward" in m.__dict__:
-            overridden = "the block's forward is overridden on the instance"
-        for other, kind in twin.skipped():
-            if overridden is None and (reason := plain(other, (kind,))) is not None:
-                overridden = f"the block's {kind.__name__}: {reason}"
-        for p in twin.pairs():
-            conv, bn = twin.get(p.conv), twin.get(p.bn)
-            if (conv, bn) in seen:  # a block and its own Sequential both run it
-                continue
-            seen.add((conv, bn))
-            reason = overridden or pair_obstacle(conv, bn, twin.norms)
-            report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
+        for pairs, skipped in twin.fused_groups():
+            overridden = None
+            if "forward" in m.__dict__:
+                overridden = "the block's forward is overridden on the instance"
+            for other, kind in skipped:
+                if overridden is None and (reason := plain(other, (kind,))) is not None:
+                    overridden = f"the block's {kind.__name__}: {reason}"
+            for p in pairs:
+                conv, bn = twin.get(p.conv), twin.get(p.bn)
+                if (conv, bn) in seen:  # a block and its own Sequential both run it
+                    continue
+                seen.add((conv, bn))
+                reason = overridden or pair_obstacle(conv, bn, twin.norms)
+                report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
     refused = _refused(model)
     for path, m in model.named_modules():
         names = list(m._modules)

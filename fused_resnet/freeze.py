@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .blocks import Fused, Pair
+from .blocks import Fused, Group, Pair
 from .conditions import pair_obstacle, plain, uses_batch_statistics
 from .convert import fuse, unfuse
 from .frozen_conv import FrozenConv
@@ -75,7 +75,7 @@ MakeLayer = Callable[[Any, Any, Pair, str, torch.dtype], FrozenConv]
 
 
 def _freeze_block(m: Fused, path: str, make: MakeLayer, dtype: torch.dtype) -> None:
-    pairs = m.pairs()
+    pairs = [p for group in m.fused_groups() if not _static_obstacle(m, group) for p in group.pairs]
     for p in pairs:
         parent, _, name = p.conv.rpartition(".")
         bn_name = p.bn.rpartition(".")[2]
@@ -83,7 +83,7 @@ def _freeze_block(m: Fused, path: str, make: MakeLayer, dtype: torch.dtype) -> N
         within = f"{path}.{p.conv}".lstrip(".")
         owner._modules[name] = make(m.get(p.conv), m.get(p.bn), p, within, dtype)
         owner._modules[bn_name] = nn.Identity()
-    m.frozen_pairs = pairs
+    m.frozen_pairs = pairs or None
 
 
 def frozen_copy(op: str, model: nn.Module, dtype: torch.dtype | None, make: MakeLayer) -> Frozen:
@@ -102,7 +102,7 @@ def frozen_copy(op: str, model: nn.Module, dtype: torch.dtype | None, make: Make
     dtype = dtype or own
     with torch.no_grad():
         for path, m in list(frozen_model.named_modules()):
-            if isinstance(m, Fused) and not _static_obstacle(m):
+            if isinstance(m, Fused):
                 _freeze_block(m, path, make, dtype)
         frozen_model.requires_grad_(False)
         for m in frozen_model.modules():
@@ -162,11 +162,11 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
     return t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point else t
 
 
-def _static_obstacle(m: Fused) -> bool:
-    modules = [m.modules_of(p) for p in m.pairs()]
+def _static_obstacle(m: Fused, group: Group) -> bool:
+    modules = [m.modules_of(p) for p in group.pairs]
     return any(
         pair_obstacle(*pair, m.norms) or uses_batch_statistics(pair[1]) for pair in modules
-    ) or any(plain(other, (kind,)) for other, kind in m.skipped())
+    ) or any(plain(other, (kind,)) for other, kind in group.skipped)
 
 
 def _tune(frozen: Frozen, inputs: Any) -> None:
