@@ -6,7 +6,7 @@ copy for serving. See the README.
 
 __version__ = "0.1.0"
 
-from . import engines, functional, models
+from . import caffe, engines, functional, models
 from .blocks import BasicBlock, Bottleneck
 from .convert import fuse, report, unfuse
 from .engines import decompositions, use_engine
@@ -22,6 +22,7 @@ __all__ = [
     "Bottleneck",
     "ConvBNAct2d",
     "SyncBatchNorm",
+    "caffe",
     "decompositions",
     "engines",
     "freeze",
