@@ -192,6 +192,8 @@ for dtype in DTYPES:
         add_convolution(dtype, *convolution)
     for convolution in CONVOLUTIONS[:3] if every else CONVOLUTIONS[1:2]:
         add_chain(dtype, *convolution)
+    if dtype == torch.bfloat16:  # large tiles in a weight's gradient as well
+        add_chain(dtype, 128, 512, 28, 1, 1, 1)
     x = image(32, 64, 56, 56, dtype=dtype, layout=torch.channels_last)
     centre = vector(64, dtype)
     add("bn_act_gram", x, centre, centre, centre, "relu", 1)

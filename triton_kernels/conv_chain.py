@@ -246,7 +246,7 @@ def _masked(
     scale, shift, mean, invstd = vectors
     if dx.numel() == 0:
         return result, like.new_zeros(x.size(1)), like.new_zeros(x.size(1))
-    sums = new_sums(backward_tiles(shape, grad), x.size(1), like)
+    sums = new_sums(backward_tiles(shape, grad, second), x.size(1), like)
     behind = Operand(x, scale, shift, "relu", center=mean)
     epilogue = epilogue._replace(mask=behind, sums=sums)
     backward(shape, grad, weight, dx, epilogue, second)

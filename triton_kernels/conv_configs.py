@@ -34,7 +34,9 @@ GEMM_HALF = (
     Config(128, 64, 64, 8, 3),
     Config(128, 16, 32, 4, 3),
 )
-#: In float32 and float64.
+#: The same of an operand made of two tensors, or of two products, which take registers.
+GEMM_TWO = (Config(128, 64, 64, 8, 3), Config(128, 16, 32, 4, 3))
+#: In float32 and float64: wide layers and narrow groups.
 GEMM_WIDE = (Config(64, 64, 16, 8, 2), Config(128, 16, 16, 4, 2))
 #: Of conv_wgrad, whose rows are output channels: the same cases, and before the last that of tiles
 #: over several taps, whose places take registers.
@@ -45,6 +47,8 @@ WGRAD_HALF = (
     Config(16, 64, 64, 4, 3),
 )
 WGRAD_WIDE = (Config(64, 64, 16, 8, 2), Config(16, 64, 16, 4, 2))
+#: Of one that masks its gradient, which takes registers: wide layers, and narrow ones.
+WGRAD_MASKED = (Config(128, 128, 32, 8, 3), Config(64, 64, 64, 8, 3))
 #: Of bn_act_gram, whose tiles are square.
 GRAM_HALF = (Config(64, 64, 32, 4, 3),)
 GRAM_WIDE = (Config(64, 64, 16, 8, 2),)
@@ -59,6 +63,10 @@ MEAN_WIDE = (Config(64, 64, 16, 8, 2),)
 
 #: Programs that fill any GPU with two on each of its processors, or nearly.
 _PROGRAMS = 264
+#: Results that all programs of a weight's gradient have at most, with those that are only parts of
+#: one. A tile of 128 x 128 takes all registers of a processor: a second one waits, and its part is
+#: written and read again for nothing.
+_PARTIAL_RESULTS = _PROGRAMS // 2 * 128 * 128
 #: Steps below which a range of pixels is not worth its partial result.
 _LEAST_STEPS = 4
 #: Rows of a Gram matrix that are summed up in the accumulation type.
@@ -72,25 +80,31 @@ def _by_type(
 
 
 def gemm(columns: int, dtype: torch.dtype, arch: int, tensors: int = 1) -> Config:
-    """For so many output channels a group, and tensors that an operand is made of.
-
-    The tile for wide layers does not fit into registers with two of them.
-    """
+    """For so many output channels a group; ``tensors``: that are multiplied by weights."""
     configs = _by_type(GEMM_HALF, GEMM_WIDE, dtype)
-    if columns <= 16:
-        return chosen(configs, len(configs) - 1)
-    return chosen(configs, 1 if configs is GEMM_HALF and (columns <= 64 or tensors > 1) else 0)
+    if configs is GEMM_WIDE:
+        return chosen(configs, int(columns <= 16))
+    if tensors > 1:
+        return chosen(GEMM_TWO, int(columns <= 16))
+    return chosen(configs, 2 if columns <= 16 else int(columns <= 64))
 
 
-def wgrad(rows: int, columns: int, dtype: torch.dtype, arch: int, packed: bool) -> Config:
-    """For so many output channels, and taps times input channels, a group; ``packed``: a tile goes
-    over several taps."""
+def wgrad(
+    rows: int, columns: int, dtype: torch.dtype, arch: int, packed: bool, masked: bool
+) -> Config:
+    """For so many output channels, and taps times input channels, a group.
+
+    ``packed``: a tile goes over several taps; ``masked``: the gradient is masked.
+    """
     configs = _by_type(WGRAD_HALF, WGRAD_WIDE, dtype)
+    narrow = min(rows, columns) <= 64
+    if masked and configs is WGRAD_HALF:
+        return chosen(WGRAD_MASKED, int(narrow))
     if rows <= 16:
         return chosen(configs, len(configs) - 1)
     if configs is WGRAD_WIDE:
         return chosen(configs, 0)
-    return chosen(configs, 2 if packed else 1 if min(rows, columns) <= 64 else 0)
+    return chosen(configs, 2 if packed else int(narrow))
 
 
 def gram(channels: int, dtype: torch.dtype, arch: int) -> Config:
@@ -108,12 +122,13 @@ def mean(dtype: torch.dtype) -> Config:
     return chosen(_by_type(MEAN_HALF, MEAN_WIDE, dtype), 0)
 
 
-def ranges(tiles: int, steps: int) -> tuple[int, int]:
+def ranges(tiles: int, steps: int, config: Config) -> tuple[int, int]:
     """Into how many ranges ``steps`` are cut for so many tiles, and how long each is.
 
     The same on every device, so that results are.
     """
-    count = max(1, min(_PROGRAMS // max(1, tiles), steps // _LEAST_STEPS))
+    programs = min(_PROGRAMS, _PARTIAL_RESULTS // (config.m * config.n))
+    count = max(1, min(programs // max(1, tiles), steps // _LEAST_STEPS))
     length = -(-steps // count)
     return max(1, -(-steps // max(1, length))), length
 

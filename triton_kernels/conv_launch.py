@@ -78,7 +78,7 @@ class _Geometry(NamedTuple):
 
 
 def _config(columns: int, source: Operand, second: Second | None = None) -> conv_configs.Config:
-    two = source.other is not None or (second is not None and second.scale is not None)
+    two = source.other is not None or second is not None
     return conv_configs.gemm(columns, source.x.dtype, arch(source.x), 2 if two else 1)
 
 
@@ -88,9 +88,9 @@ def forward_tiles(shape: ConvShape, source: Operand) -> tuple[int, int]:
     return cdiv(shape.pixels, block), block
 
 
-def backward_tiles(shape: ConvShape, grad: Operand) -> int:
+def backward_tiles(shape: ConvShape, grad: Operand, second: Second | None) -> int:
     """How many tiles of rows the statistics of a gradient come in."""
-    block = _config(shape.in_channels // shape.groups, grad).m
+    block = _config(shape.in_channels // shape.groups, grad, second).m
     return math.prod(shape.stride) * cdiv(_phase_rows(shape), block)
 
 

@@ -228,10 +228,11 @@ def weight_gradient(
     taps = shape.kernel[0] * shape.kernel[1]
     # Of few channels, a tile goes over several taps.
     packed = channels < 16 and taps > 1
-    config = conv_configs.wgrad(rows, channels * taps, z.x.dtype, arch(dw), packed)
+    masked = mask is not None
+    config = conv_configs.wgrad(rows, channels * taps, z.x.dtype, arch(dw), packed, masked)
     across = cdiv(channels * (taps if packed else 1), config.n) * (1 if packed else taps)
     tiles = shape.groups * cdiv(rows, config.m) * across
-    ranges, steps = conv_configs.ranges(tiles, cdiv(shape.pixels, config.k))
+    ranges, steps = conv_configs.ranges(tiles, cdiv(shape.pixels, config.k), config)
     partial = dw if ranges == 1 else dw.new_empty((ranges, dw.numel()))
     row_unit, channel_unit = alignment(rows), channels if packed else alignment(channels)
     sums = None if mask is None else dw.new_empty((ranges, rows), dtype=torch.float64)
