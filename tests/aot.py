@@ -78,6 +78,8 @@ def faults(kernel: Any, arch: int, wide: bool, this: launch.Launch) -> Iterator[
     large = any(m >= 64 for m in dots_of_halves(kernel.asm["ttir"]))
     if arch == 90 and large and "wgmma.mma_async" not in ptx:
         yield "multiplies matrices without wgmma"
+    if this.meta.get("DESCRIPTORS") and "cp.async.bulk.tensor" not in ptx:
+        yield "loads no tiles by descriptors"
 
 
 def compiled(this: launch.Launch) -> Any:

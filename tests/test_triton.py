@@ -150,6 +150,55 @@ def test_on_many_threads_at_once(op):
     assert not wrong
 
 
+def products(source: Source, channels: tuple[int, int]) -> dict[str, tuple]:
+    """Arguments with which an op is a plain product of matrices, with and without
+    a prologue; of a second tensor, for which there are no descriptors."""
+    into, of = channels
+    x, grad, y = (source.normal(2, n, 9, 10) for n in (into, of, of))
+    weight = source.normal(of, into, 1, 1) / into**0.5
+    a, b = (source.batch_norm(into)[name] for name in ("gamma", "beta"))
+    c, d, e = (source.batch_norm(of)[name] for name in ("gamma", "beta", "mean"))
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    nothing = [None] * 5
+    given = {
+        "bn_act_conv_bn_act": (x, a, b, "relu", weight, c, d, y, *geometry, "relu"),
+        "bn_act_conv_stats": (x, None, None, "none", weight, *geometry),
+        "bn_backward_conv_dgrad": (grad, y, c, d, e, weight, x, *nothing, [9, 10], *geometry),
+    }
+    return {op: tuple(of_tensors(channels_last, list(args))) for op, args in given.items()}
+
+
+@pytest.mark.parametrize("channels", [(24, 40), (72, 136), (20, 36)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("op", products(Source(0, torch.float32), (8, 8)))
+def test_products_by_descriptors(op, dtype, channels, monkeypatch):
+    """By tiles that a GPU loads by itself, of rows that are a multiple of 16 bytes."""
+    monkeypatch.setattr(launch, "forced_config", 3)
+    specification = engines.implementation(op, "reference")
+    results = []
+    for seed in range(3):
+        args = products(Source(seed, dtype), channels)[op]
+        with launch.recording() as launches:
+            found = ops.IMPLEMENTATIONS[op](*args)
+        exact = specification(*of_tensors(in_float64, list(args)))
+        results.append([tree_leaves(each)[0] for each in (found, specification(*args), exact)])
+        fits = all(n * dtype.itemsize % 16 == 0 for n in channels)
+        alone = op != "bn_backward_conv_dgrad" and dtype != torch.float64
+        assert launches[0].meta["DESCRIPTORS"] == (fits and alone)
+    judge(*zip(*results, strict=True))
+
+
+def test_descriptors_are_of_aligned_addresses(monkeypatch):
+    monkeypatch.setattr(launch, "forced_config", 3)
+    memory = torch.zeros(2 * 24 * 90 + 1)
+    weight = channels_last(torch.ones(40, 24, 1, 1))
+    for start in (0, 1):
+        x = memory[start:][: 2 * 24 * 90].view(2, 9, 10, 24).permute(0, 3, 1, 2)
+        with launch.recording() as launches:
+            RAW.conv_bn_act(x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, "none")
+        assert launches[0].meta["DESCRIPTORS"] == (start == 0)
+
+
 @pytest.mark.parametrize(
     "build", [bottleneck, lambda seed: bottleneck(seed, stride=2), lambda seed: basic(seed, 32)]
 )

@@ -8,13 +8,18 @@ from .launch import chosen
 
 
 class Config(NamedTuple):
-    """A tile of BLOCK_M x BLOCK_N results, summed up BLOCK_K terms at a time."""
+    """A tile of BLOCK_M x BLOCK_N results, summed up BLOCK_K terms at a time.
+
+    ``descriptors``: a plain product's operands are loaded by the unit that sm_90 and later have for
+    tiles, in warps of their own where no prologue is between them and the product.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    descriptors: bool = False
 
     @property
     def meta(self) -> dict[str, int]:
@@ -28,16 +33,22 @@ class Config(NamedTuple):
         }
 
 
-#: Of conv_gemm, whose rows are pixels, in half types: wide layers, narrow ones, narrow groups.
+#: Of conv_gemm, whose rows are pixels, in half types: wide layers, narrow ones, narrow groups; and
+#: one that none is given before a GPU has shown where it is faster.
 GEMM_HALF = (
     Config(128, 128, 64, 8, 3),
     Config(128, 64, 64, 8, 3),
     Config(128, 16, 32, 4, 3),
+    Config(128, 128, 64, 8, 3, descriptors=True),
 )
 #: The same of an operand made of two tensors, or of two products, which take registers.
 GEMM_TWO = (Config(128, 64, 64, 8, 3), Config(128, 16, 32, 4, 3))
-#: In float32 and float64: wide layers and narrow groups.
-GEMM_WIDE = (Config(64, 64, 16, 8, 2), Config(128, 16, 16, 4, 2))
+#: In float32 and float64: wide layers and narrow groups, and that one.
+GEMM_WIDE = (
+    Config(64, 64, 16, 8, 2),
+    Config(128, 16, 16, 4, 2),
+    Config(64, 64, 16, 8, 2, descriptors=True),
+)
 #: Of conv_wgrad, whose rows are output channels: the same cases, and before the last that of tiles
 #: over several taps, whose places take registers.
 WGRAD_HALF = (

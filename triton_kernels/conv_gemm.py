@@ -127,6 +127,8 @@ def conv_gemm(
     PACKED: tl.constexpr,  # a step goes through several taps; REDUCED_UNIT is a group's channels
     PLAIN: tl.constexpr,  # one tap, and the pixels of x are those of out
     SUMS: tl.constexpr,  # a tile is of one image, and out has its sums, [images' tiles, channels]
+    DESCRIPTORS: tl.constexpr,  # a plain one of one group loads x and weight by descriptors
+    SPECIALIZE: tl.constexpr,  # in warps of their own
     IN_RELU: tl.constexpr,
     X2_RELU: tl.constexpr,
     RELU: tl.constexpr,
@@ -191,8 +193,20 @@ def conv_gemm(
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     depth = tl.arange(0, BLOCK_K)
+    if DESCRIPTORS:
+        first_row = tile * BLOCK_M
+        first_column = program % column_tiles * BLOCK_N
+        x_tiles = tl.make_tensor_descriptor(x, [rows, reduced], [reduced, 1], [BLOCK_M, BLOCK_K])
+        if BACKWARD:
+            weight_tiles = tl.make_tensor_descriptor(
+                weight, [reduced, columns], [columns, 1], [BLOCK_K, BLOCK_N]
+            )
+        else:
+            weight_tiles = tl.make_tensor_descriptor(
+                weight, [columns, reduced], [reduced, 1], [BLOCK_N, BLOCK_K]
+            )
     steps = tl.cdiv(taps * reduced, BLOCK_K) if PACKED else tl.cdiv(reduced, BLOCK_K) * taps
-    for step in range(steps):
+    for step in tl.range(steps, warp_specialize=SPECIALIZE):
         if PACKED:
             place = step * BLOCK_K + depth
             channel = place % REDUCED_UNIT
@@ -222,7 +236,10 @@ def conv_gemm(
             mask = mask & inside[:, None]
             moved = (tl.cast(tap_h * ADVANCE_H, tl.int64) * x_w + tap_w * ADVANCE_W) * x_channels
             at = (x_row + moved)[:, None] + channel[None, :]
-        a = tl.load(x + at, mask=mask, other=0.0)
+        if DESCRIPTORS:
+            a = x_tiles.load([first_row, step * BLOCK_K])
+        else:
+            a = tl.load(x + at, mask=mask, other=0.0)
         if IN_RELU or in_scale is not None:
             other = None
             if in_other is not None:
@@ -236,11 +253,17 @@ def conv_gemm(
             moved_weight = channel.to(tl.int64) * row_stride + place_in_kernel * columns
         else:
             moved_weight = (place_in_kernel * reduced + channel).to(tl.int64)
-        b = tl.load(
-            weight_column + moved_weight[:, None],
-            mask=is_channel[:, None] & is_column[None, :],
-            other=0.0,
-        )
+        if DESCRIPTORS:
+            if BACKWARD:
+                b = weight_tiles.load([step * BLOCK_K, first_column])
+            else:
+                b = weight_tiles.load([first_column, step * BLOCK_K]).T
+        else:
+            b = tl.load(
+                weight_column + moved_weight[:, None],
+                mask=is_channel[:, None] & is_column[None, :],
+                other=0.0,
+            )
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
     out_channels = groups * columns

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import conv_configs
 from .conv_gemm import conv_gemm
@@ -187,6 +188,23 @@ def _geometry(
     )
 
 
+def _describable(shape: ConvShape, x: Tensor, weight: Tensor) -> bool:
+    """Whether a product's operands are what descriptors take: matrices at an address and with rows
+    of a multiple of 16 bytes, counted in 32 bits."""
+    size = x.element_size()
+    return (
+        shape.plain
+        and shape.groups == 1
+        and arch(x) >= 90
+        and size <= 4
+        and shape.in_channels * size % 16 == shape.out_channels * size % 16 == 0
+        and shape.pixels + 128 < 2**31
+        and all(
+            t.is_meta or isinstance(t, FakeTensor) or t.data_ptr() % 16 == 0 for t in (x, weight)
+        )
+    )
+
+
 def _launch(
     shape: ConvShape,
     source: Operand,
@@ -202,7 +220,11 @@ def _launch(
     if epilogue.of_images:
         config = conv_configs.mean(x.dtype)
     geometry = _geometry(shape, config, is_backward, epilogue.of_images)
-    reads = [x, source.other, source.scale, source.slope, source.shift, channels_last(weight)]
+    weight = channels_last(weight)
+    alone = source.other is None and second is None  # else it takes more than one tile
+    descriptors = config.descriptors and alone and _describable(shape, x, weight)
+    plain = source.scale is None and source.act == "none"
+    reads = [x, source.other, source.scale, source.slope, source.shift, weight]
     numbers: list[int | None] = [None] * 3
     unit, stride = 1, (1, 1)
     if second is None:
@@ -225,6 +247,8 @@ def _launch(
         STRIDE2_H=stride[0],
         STRIDE2_W=stride[1],
         SPREAD=epilogue.spread,
+        DESCRIPTORS=descriptors,
+        SPECIALIZE=descriptors and plain,
         IN_RELU=source.act == "relu",
         X2_RELU=second is not None and second.source.act == "relu",
         RELU=epilogue.act == "relu",

@@ -7,6 +7,7 @@ device, or fake ones, it says nothing else: ``recording`` counts launches and by
 """
 
 import contextlib
+import contextvars
 import functools
 import os
 import struct
@@ -111,11 +112,29 @@ def launch(
     if first.is_meta or isinstance(first, FakeTensor):
         return
     device = first.get_device()
+    args = (kernel, grid, (*reads, *writes), numbers, meta, device)
     if device < 0 or device == torch.cuda.current_device():
-        _run(kernel, grid, (*reads, *writes), numbers, meta, device)
+        _run(*args)
     else:
         with torch.cuda.device(device):
-            _run(kernel, grid, (*reads, *writes), numbers, meta, device)
+            _run(*args)
+
+
+def _memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _run_with_memory(*args: Any) -> None:
+    triton.set_allocator(_memory)
+    _enqueue(*args)
+
+
+def _run(*args: Any) -> None:
+    """On the current device."""
+    if args[4].get("DESCRIPTORS"):  # which a kernel makes in memory that Triton asks us for
+        contextvars.copy_context().run(_run_with_memory, *args)
+    else:
+        _enqueue(*args)
 
 
 def _kind(argument: Any) -> Any:
@@ -125,7 +144,7 @@ def _kind(argument: Any) -> Any:
     return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument
 
 
-def _run(
+def _enqueue(
     kernel: Any,
     grid: Sequence[int],
     pointers: tuple[Any, ...],
@@ -133,7 +152,6 @@ def _run(
     meta: dict[str, Any],
     device: int,
 ) -> None:
-    """On the current device."""
     kinds = tuple([each if each is None else _kind(each) for each in pointers])
     key = (id(kernel), device, kinds, tuple(numbers), *meta, *meta.values())
     if (found := _compiled.get(key)) is not None:
