@@ -142,11 +142,21 @@ def test_line_22_in_place_targets_torch_refuses():
     scale, shift = vectors()
     with torch.enable_grad(), pytest.raises(RuntimeError):
         op(torch.randn(2, 3, 5, 5, requires_grad=True), scale, shift, None, "relu")
-    expanded = torch.randn(1, 3, 5, 5).expand(2, 3, 5, 5)
-    before = expanded.clone()
-    with pytest.raises(RuntimeError, match=r"single memory location|internal_overlap"):
-        op(expanded, scale, shift, None, "relu")
-    assert_identical(expanded.clone(), before, "targets")
+    x, ones, ops = torch.randn(2, 3, 5, 5), torch.ones(3), torch.ops.fused_resnet
+    vectors_of = [ones] * 6
+    weight = torch.ones(3, 3, 1, 1)
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    for argument, call in [
+        ("x", lambda t: op(t, scale, shift, None, "relu")),
+        ("x", lambda t: ops.batch_norm_act_(t, ones, ones, None, None, 1e-5, None, "relu")),
+        ("grad", lambda t: ops.bn_act_backward_(t, x, None, *vectors_of, 50.0, "none")),
+        ("added", lambda t: ops.conv_dgrad_(x, weight, t, [5, 5], *geometry)),
+    ]:
+        expanded = torch.randn(1, 3, 5, 5).expand(2, 3, 5, 5)
+        before = expanded.clone()
+        with pytest.raises(RuntimeError, match=f"_: {argument} must not .* single memory location"):
+            call(expanded)
+        assert_identical(expanded.clone(), before, "targets")
 
 
 def strides(shape, memory_format):

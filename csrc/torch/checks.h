@@ -118,6 +118,19 @@ inline void check_sizes(const char* op, const char* argument, const Tensor& t, c
            text(sizes_of(t)));
 }
 
+// Back to an argument that is written goes what was worked on in its place: itself if it is dense,
+// else a copy. Torch's own message about elements that share a place is lost before torch 2.15.
+inline void write_back(const char* op, const char* argument, Tensor t, const Tensor& dense) {
+  if (t.const_data_ptr() == dense.const_data_ptr()) return;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    FR_CHECK(
+        t.numel() == 0 || t.size(d) <= 1 || t.stride(d) != 0, op, ": ", argument,
+        " must not have elements that share a single memory location, as an expanded tensor of "
+        "shape ",
+        text(sizes_of(t)), " has");
+  torch::stable::copy_(t, dense);
+}
+
 inline void check_channels(const char* op, const char* argument, const Tensor& t, int64_t channels,
                            ScalarType type, const Tensor& x) {
   FR_CHECK(t.scalar_type() == type, op, ": ", argument, " must be ", name(type), ", got ",

@@ -118,7 +118,7 @@ void bn_act_(Tensor x, Tensor scale, Tensor shift, MaybeTensor residual, std::st
   BnActArgs args = bn_act_args(kOp, dense, scale, shift, residual, act, channels_last);
   args.out = dense.mutable_data_ptr();
   check_status(kOp, Device(dense).launch(args));
-  if (dense.const_data_ptr() != x.const_data_ptr()) torch::stable::copy_(x, dense);
+  write_back(kOp, "x", x, dense);
 }
 
 template <class Device>

@@ -112,11 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_finalize(Tensor mean, Tensor m2, double co
   args.momentum = momentum;
   args.eps = eps;
   check_status(kOp, Device(mean).launch(args));
-  auto write_back = [](MaybeTensor& to, const MaybeTensor& dense) {
-    if (to && to->const_data_ptr() != dense->const_data_ptr()) torch::stable::copy_(*to, *dense);
-  };
-  write_back(running_mean, dense_mean);
-  write_back(running_var, dense_var);
+  if (running_mean) write_back(kOp, "running_mean", *running_mean, *dense_mean);
+  if (running_var) write_back(kOp, "running_var", *running_var, *dense_var);
   return {scale, shift, invstd};
 }
 
@@ -225,7 +222,7 @@ void bn_act_backward_(Tensor grad, MaybeTensor x, MaybeTensor out, Tensor scale,
   // A gradient that is not dense is worked on in a copy and written back.
   args.dx = in.grad.mutable_data_ptr();
   check_status(kOp, Device(grad).launch(args));
-  if (in.grad.const_data_ptr() != grad.const_data_ptr()) torch::stable::copy_(grad, in.grad);
+  write_back(kOp, "grad", grad, in.grad);
 }
 
 template <class Device>

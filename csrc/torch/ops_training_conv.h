@@ -75,7 +75,7 @@ void conv_dgrad_(Tensor grad, Tensor weight, Tensor added, Ints input_size, Ints
   // What is not channels_last is worked on in a copy and written back.
   args.dx = in.added->mutable_data_ptr();
   check_status(kOp, Device(added).launch(args));
-  if (in.added->const_data_ptr() != added.const_data_ptr()) torch::stable::copy_(added, *in.added);
+  write_back(kOp, "added", added, *in.added);
 }
 
 // The tensors of a ConvWgradArgs, checked and channels_last.
