@@ -54,7 +54,7 @@ GEMM_WIDE = (
 WGRAD_HALF = (
     Config(128, 128, 64, 8, 3),
     Config(64, 64, 64, 4, 3),
-    Config(64, 64, 64, 8, 3),
+    Config(64, 64, 32, 8, 3),
     Config(16, 64, 64, 4, 3),
 )
 WGRAD_WIDE = (Config(64, 64, 16, 8, 2), Config(16, 64, 16, 4, 2))
