@@ -105,15 +105,6 @@ class Fused(_Base):
             return self.pair(p, x)
         return conv_bn_chain(*self.modules_of(p), x, p.act)
 
-    def links(self, pairs: Sequence[Pair], x: Tensor, act: str) -> Tensor:
-        """Pairs one after the other, with ReLUs between them and ``act`` behind the last."""
-        modules = [self.modules_of(p) for p in pairs]
-        if self.frozen_pairs is None and trains(modules, x):
-            return chain(modules, x, act=act, memory=self.memory)
-        for p in pairs[:-1]:
-            x = self.pair(p, x)
-        return self.pair(pairs[-1]._replace(act=act), x)
-
     def engine_of(self, p: Pair) -> str:
         """The one that is asked for."""
         return engines.wish() if self.frozen_pairs is None else self.get(p.conv).engine
@@ -131,8 +122,14 @@ class Fused(_Base):
         x: Tensor,
         residual: Tensor | None = None,
         shortcut: Pair | None = None,
+        act: str | None = None,
     ) -> Tensor:
-        """Pairs one after the other; to the last is added the residual, or what shortcut makes."""
+        """Pairs one after the other; to the last is added the residual, or what shortcut makes.
+
+        ``act``: behind the last, in place of its own.
+        """
+        if act is not None:
+            pairs = [*pairs[:-1], pairs[-1]._replace(act=act)]
         every = [*pairs] if shortcut is None else [*pairs, shortcut]
         modules = [self.modules_of(p) for p in every]
         own = None if shortcut is None else modules[-1]
@@ -239,9 +236,9 @@ class Residual(Fused):
         engine = self.engine_of(last)
         if (
             self.downsample is not None
+            or not engines.pools("conv_bn_act_avgpool", engine, x.device.type, x.dtype)
             or hooked(self.get(last.conv))
             or as_autocast(x) is not x
-            or not engines.pools("conv_bn_act_avgpool", engine, x.device.type, x.dtype)
             or self.obstacle(x) is not None
             or self.trains(x)
         ):
@@ -295,26 +292,26 @@ class Stem(Fused):
         """``maxpool(relu(bn1(conv1(x))))``: the last convolution's output is read once, as it is;
         where the engine that is asked for has an op for all of it, not at all."""
         *first, last = self.pairs()
-        x = self.links(first, x, "relu") if first else x
+        x = self.run_chain(first, x) if first else x
         maxpool = self.maxpool
         sizes = (maxpool.kernel_size, maxpool.stride, maxpool.padding, maxpool.dilation)
         kernel, stride, padding, dilation = (list(_pair(size)) for size in sizes)
         pool = Pool(kernel, stride, padding, dilation, maxpool.ceil_mode)
-        if self.frozen_pairs is not None:
-            conv, own = self.get(last.conv), self.tensors_of(last)
-            if not hooked(conv) and (y := convolve_pooled(conv.engine, x, *own, pool)) is not None:
+        frozen, conv = self.frozen_pairs is not None, self.get(last.conv)
+        if self.trains(x):
+            return chain([self.modules_of(last)], x, pool=pool, memory=self.memory)
+        own = self.tensors_of(last)
+        if not (frozen and hooked(conv)):
+            given = x if frozen else as_autocast(x)
+            if (y := convolve_pooled(self.engine_of(last), given, *own, pool)) is not None:
                 return y
+        if frozen:
             y, act = self.pair(last, x), "none"
             # Nothing is left to do but to pool, in which ours is twice as fast as torch.
             scale = y.new_ones(y.size(1), dtype=accumulation_dtype(y.dtype))
             shift = torch.zeros_like(scale)
-        elif self.trains(x):
-            return chain([self.modules_of(last)], x, pool=pool, memory=self.memory)
         else:
-            own = self.tensors_of(last)
-            if (y := convolve_pooled(engines.wish(), as_autocast(x), *own, pool)) is not None:
-                return y
-            y, act = convolve(self.get(last.conv), x), "relu"
+            y, act = convolve(conv, x), "relu"
             _, scale, shift, _ = own
         return functional.bn_act_maxpool(y, scale, shift, *pool, act)
 

@@ -34,11 +34,12 @@ class _Residual(Residual):
         drops = type(self.drop_block) is not nn.Identity
         if drops or type(self.aa) is not nn.Identity:
             # They stand on either side of the last ReLU but one.
-            y, rest = self.links(rest[:-1], y, "none" if drops else "relu"), rest[-1:]
+            y = self.run_chain(rest[:-1], y, act="none" if drops else "relu")
+            rest = rest[-1:]
             if drops:
                 y = self.get(self.acts[-2])(self.drop_block(y))
             y = self.aa(y)
-        y = self.links(rest, y, "none")
+        y = self.run_chain(rest, y, act="none")
         for extra in (self.se, self.drop_path):
             y = y if extra is None else extra(y)
         shortcut = self.shortcut(x)
@@ -104,9 +105,7 @@ class ResNet(Stem, timm_resnet.ResNet):
         return super().obstacle(x)
 
     def stem(self, x: Tensor) -> Tensor:
-        return (
-            super().stem(x) if self.pools() else self.maxpool(self.links(self.pairs(), x, "relu"))
-        )
+        return super().stem(x) if self.pools() else self.maxpool(self.run_chain(self.pairs(), x))
 
     def run(self, x: Tensor) -> Tensor:
         """The feature map, in the layout that the input asks for."""
