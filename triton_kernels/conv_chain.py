@@ -6,7 +6,6 @@ See :mod:`fused_resnet.reference_chain`. Images are worked on in channels_last.
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fused_resnet.reference import accumulation_dtype, empty_image
@@ -280,14 +279,7 @@ def bn_backward_conv_wgrad(
         checks.fail(op, f"groups must be positive and divide the channels {sizes}, got {groups}")
     shape = conv_shape(op, x.shape, grad.size(1), kernel_size, stride, padding, dilation, groups)
     checks.check_sizes(op, "grad", grad, shape.out_sizes)
-    dw = torch.empty(
-        (shape.out_channels, shape.in_channels // groups, *shape.kernel),
-        dtype=accumulation_dtype(grad.dtype),
-        device=grad.device,
-        memory_format=torch.channels_last,
-    )
-    weight_gradient(shape, gradient, source._replace(center=center), dw)
-    return dw
+    return weight_gradient(shape, gradient, source._replace(center=center))
 
 
 def bn_act_gram_backward(

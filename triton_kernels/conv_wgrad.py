@@ -198,16 +198,8 @@ def conv_wgrad(
     shift = None if shift is None else checks.channel_vector(op, "shift", shift, x)
     shape = conv_shape(op, x.shape, grad.size(1), kernel_size, stride, padding, dilation, groups)
     checks.check_sizes(op, "grad", grad, shape.out_sizes)
-    dw = torch.empty(
-        (shape.out_channels, x.size(1) // groups, *shape.kernel),
-        dtype=accumulation_dtype(grad.dtype),
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    weight_gradient(
-        shape, Operand(channels_last(grad)), Operand(channels_last(x), scale, shift, act), dw
-    )
-    return dw
+    z = Operand(channels_last(x), scale, shift, act)
+    return weight_gradient(shape, Operand(channels_last(grad)), z)
 
 
 class Mask(NamedTuple):
@@ -219,12 +211,18 @@ class Mask(NamedTuple):
 
 
 def weight_gradient(
-    shape: ConvShape, grad: Operand, z: Operand, dw: Tensor, mask: Mask | None = None
-) -> None:
-    """Into ``dw``; all are channels_last."""
-    if dw.numel() == 0:
-        return
+    shape: ConvShape, grad: Operand, z: Operand, mask: Mask | None = None
+) -> Tensor:
+    """The gradient for ``z``, in the accumulation type; all are channels_last."""
     rows, channels = shape.out_channels // shape.groups, shape.in_channels // shape.groups
+    dw = torch.empty(
+        (shape.out_channels, channels, *shape.kernel),
+        dtype=accumulation_dtype(grad.x.dtype),
+        device=z.x.device,
+        memory_format=torch.channels_last,
+    )
+    if dw.numel() == 0:
+        return dw
     taps = shape.kernel[0] * shape.kernel[1]
     # Of few channels, a tile goes over several taps.
     packed = channels < 16 and taps > 1
@@ -276,3 +274,4 @@ def weight_gradient(
         launch(add_ranges, grid, [partial], [dw], numbers, finalizes=True, BLOCK=1024)
     if mask is not None:
         reductions.finish([sums], [mask.total])  # type: ignore[list-item]
+    return dw

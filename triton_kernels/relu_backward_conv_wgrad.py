@@ -1,6 +1,5 @@
 """``relu_backward_conv_wgrad``: ``relu_backward_reduce`` on the way to a weight's gradient."""
 
-import torch
 from torch import Tensor
 
 from fused_resnet.reference import accumulation_dtype, empty_image
@@ -40,13 +39,7 @@ def relu_backward_conv_wgrad(
     wide = accumulation_dtype(grad.dtype)
     result = empty_image(grad, grad.shape, grad)
     g, sum_g = for_writing(result), grad.new_empty(grad.size(1), dtype=wide)
-    dw = torch.empty(
-        (shape.out_channels, shape.in_channels, 1, 1),
-        dtype=wide,
-        device=grad.device,
-        memory_format=torch.channels_last,
-    )
     z = Operand(channels_last(x), *vectors[:2], act, center=vectors[2])
     mask = Mask(channels_last(out), g, sum_g)
-    weight_gradient(shape, Operand(channels_last(grad)), z, dw, mask)
+    dw = weight_gradient(shape, Operand(channels_last(grad)), z, mask)
     return result if g is result else result.copy_(g), sum_g, dw
