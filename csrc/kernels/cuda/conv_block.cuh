@@ -6,6 +6,7 @@
 
 #include "../math.h"
 #include "conv_load.cuh"
+#include "scale_shift.cuh"
 
 namespace fused_resnet::cuda {
 
@@ -94,26 +95,6 @@ __device__ __forceinline__ void add_products(const Conv& c, int begin, int end,
   cp_async_wait<0>();
   __syncthreads();
 }
-
-// The scale and shift of `n` adjacent channels.
-template <class T, int n>
-struct ScaleShift {
-  Acc<T> scale[n], shift[n];
-  bool shifted;
-
-  __device__ __forceinline__ ScaleShift(const Conv& c, int channel) : shifted(c.shift) {
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      const bool there = channel + k < c.out_channels;
-      scale[k] = c.scale && there ? static_cast<const Acc<T>*>(c.scale)[channel + k] : Acc<T>(1);
-      shift[k] = shifted && there ? static_cast<const Acc<T>*>(c.shift)[channel + k] : Acc<T>(0);
-    }
-  }
-  // Without a shift -0 stays what it is.
-  __device__ __forceinline__ Acc<T> operator()(Acc<T> sum, int k) const {
-    return shifted ? multiply_add(sum, scale[k], shift[k]) : sum * scale[k];
-  }
-};
 
 // What is done to values before they are rounded, and kept of what was stored: nothing. Others have
 // of<n>(channel), for n adjacent channels, whose on(pixel) has

@@ -8,9 +8,8 @@
 // Products that are made one by one, in fp32 and fp64, take longer than the image does to be stored
 // and read. They are left to two kernels, and so is what does not fit into a tile.
 #include "../math.h"
-#include "conv.cuh"
 #include "mma.cuh"
-#include "vec.cuh"
+#include "scale_shift.cuh"
 #include "workspace.h"
 
 namespace fused_resnet::cuda {
@@ -180,21 +179,14 @@ class StemBlock {
 #pragma unroll
     for (int j = 0; j < kTileColumns / 8; ++j) {
       const int column = j * 8 + lane_ % 4 * 2;
-      float scale[2], shift[2];
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const bool there = first_channel_ + column + k < c.out_channels;
-        const int channel = there ? first_channel_ + column + k : 0;
-        scale[k] = c.scale ? static_cast<const float*>(c.scale)[channel] : 1;
-        shift[k] = c.shift ? static_cast<const float*>(c.shift)[channel] : 0;
-      }
+      const ScaleShift<T, 2> scale_shift(c, first_channel_ + column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         Vector<T, 2> pair;
 #pragma unroll
         for (int k = 0; k < 2; ++k)
-          pair.at[k] = narrow<T>(math::activate(
-              multiply_add(sums_[i / 2][j][i % 2 * 2 + k], scale[k], shift[k]), c.act));
+          pair.at[k] =
+              narrow<T>(math::activate(scale_shift(sums_[i / 2][j][i % 2 * 2 + k], k), c.act));
         store<2>(outputs_ + (warp_row_ + i * 8 + lane_ / 4) * kOutPitch + column, pair);
       }
     }

@@ -5,7 +5,7 @@
 // through the same memory, so that whole rows of channels are scaled and written. No GPU has run it
 // yet: it is taken where it is asked for, and nowhere else.
 #include "../math.h"
-#include "conv.cuh"
+#include "scale_shift.cuh"
 #include "wgmma.cuh"
 
 namespace fused_resnet::cuda {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void store_sums(float* rows, int first_row,
              Vector<float, 2>{{sums[i], sums[i + 1]}});
 }
 
-// 16 bytes of the output at a time. Without a shift -0 stays what it is.
+// 16 bytes of the output at a time.
 template <class B>
 __device__ __forceinline__ void write_rows(const Conv& c, const float* rows, int first_row,
                                            int channel) {
@@ -110,21 +110,14 @@ __device__ __forceinline__ void write_rows(const Conv& c, const float* rows, int
   const int column = threadIdx.x % kUnits * n;
   channel += column;
   if (channel >= c.out_channels) return;
-  auto of_channels = [&](const void* values, float otherwise) {
-    return each<n>(
-        [&](int k) { return values ? static_cast<const float*>(values)[channel + k] : otherwise; });
-  };
-  const Wide<float, n> scale = of_channels(c.scale, 1), shift = of_channels(c.shift, 0);
+  const ScaleShift<T, n> scale_shift(c, channel);
   const int64_t left = c.pixels() - first_row;
 #pragma unroll 2
   for (int row = threadIdx.x / kUnits; row < kWgmmaRows && row < left;
        row += kMultiplying / kUnits) {
     const int64_t at = (int64_t{first_row} + row) * c.out_channels + channel;
     const Wide<float, n> sums = load_channels<n>(rows + row * B::kPitch + column);
-    Wide<float, n> values = each<n>([&](int k) {
-      return c.shift ? multiply_add(sums.at[k], scale.at[k], shift.at[k])
-                     : sums.at[k] * scale.at[k];
-    });
+    Wide<float, n> values = each<n>([&](int k) { return scale_shift(sums.at[k], k); });
     if (c.residual) {
       const Wide<float, n> added = load_wide<n>(static_cast<const T*>(c.residual) + at);
       values = each<n>([&](int k) { return values.at[k] + added.at[k]; });
