@@ -3,6 +3,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <vector>
+
 #include "cuda_engine.h"
 
 namespace fused_resnet::glue {
@@ -14,17 +16,29 @@ void* current_stream(int device) {
   return stream;
 }
 
-cuda::Gpu gpu(int device) {
-  auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-    FR_CHECK(error == cudaSuccess, "cannot ask CUDA device ", device,
-             " what it is: ", cudaGetErrorString(error));
-    return value;
-  };
-  return {attribute(cudaDevAttrMultiProcessorCount),
-          10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-              attribute(cudaDevAttrComputeCapabilityMinor)};
+// Of every device: asked once, and not at each launch.
+const cuda::Gpu& gpu(int device) {
+  static const std::vector<cuda::Gpu> all = [] {
+    auto check = [](cudaError_t error) {
+      FR_CHECK(error == cudaSuccess,
+               "cannot ask CUDA devices what they are: ", cudaGetErrorString(error));
+    };
+    int count = 0;
+    check(cudaGetDeviceCount(&count));
+    std::vector<cuda::Gpu> found;
+    for (int each = 0; each < count; ++each) {
+      auto attribute = [&](cudaDeviceAttr which) {
+        int value = 0;
+        check(cudaDeviceGetAttribute(&value, which, each));
+        return value;
+      };
+      found.push_back({attribute(cudaDevAttrMultiProcessorCount),
+                       10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                           attribute(cudaDevAttrComputeCapabilityMinor)});
+    }
+    return found;
+  }();
+  return all.at(device);
 }
 
 class Cuda : public CudaEngine {
