@@ -86,14 +86,7 @@ class Problem {
 template <class T>
 void run_all(bool tf32) {
   const int64_t n = 16 / sizeof(T), stage = cuda::kConvRowBytes / sizeof(T);
-  std::vector<Case> cases;
-  for (const cuda::ConvTile& tile : cuda::kConvTiles) {  // edges of tiles
-    for (int64_t near : {-1, 0, 1}) {
-      cases.push_back({1, 1, tile.rows + near, n, n + 1});
-      cases.push_back({1, 1, 5, n, tile.columns + near});
-    }
-    cases.push_back({1, 3, tile.rows / 2, 3 * n, tile.columns + n, 3, 1, 1});
-  }
+  std::vector<Case> cases = at_tile_edges(n);
   for (int64_t stages = 1; stages <= 5; ++stages)  // and of the pipeline
     for (int64_t near : {-n, -int64_t{1}, int64_t{0}, int64_t{1}, n})
       cases.push_back({1, 2, 3, stages * stage + near, 9});

@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/kernels/cuda/conv_plan.h"
 #include "../convolution.h"
 #include "check.h"
 
@@ -78,3 +79,16 @@ struct Case {
         conv_shape(batch, height, width, in, out, kernel, stride, padding, dilation, groups));
   }
 };
+
+// Convolutions whose pixels or output channels end near the edge of a tile, of vectors of n.
+inline std::vector<Case> at_tile_edges(int64_t n) {
+  std::vector<Case> cases;
+  for (const fused_resnet::cuda::ConvTile& tile : fused_resnet::cuda::kConvTiles) {
+    for (int64_t near : {-1, 0, 1}) {
+      cases.push_back({1, 1, tile.rows + near, n, n + 1});
+      cases.push_back({1, 1, 5, n, tile.columns + near});
+    }
+    cases.push_back({1, 3, tile.rows / 2, 3 * n, tile.columns + n, 3, 1, 1});
+  }
+  return cases;
+}
