@@ -52,6 +52,7 @@ BUDGET = {
     "conv_bn_act": Budget(registers=168, wide=None),
     "conv_wgmma": Budget(registers=112, wide=None),  # two blocks of 288 threads
     "conv_bn_act_maxpool": Budget(registers=128, wide=0),
+    "conv_bn_act_avgpool": Budget(registers=168, wide=None),
     "bn_act_conv_bn_act": Budget(registers=168, wide=None),
     "bn_act_conv_stats": Budget(registers=64, shared=4608),
     "bn_backward_conv_dgrad": Budget(registers=64, shared=4608),
@@ -77,8 +78,8 @@ STAGES_OF_DEPTH = {
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
     "cp.async.cg.shared.global",
     "ld.global.v4",
-    "st.global.wb.v4",
 }
+WIDE_STORE = "st.global.wb.v4"
 STAGES_OF_PIXELS = {
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
     "cp.async.cg.shared.global",
@@ -92,13 +93,14 @@ INSTRUCTIONS = {
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
         *STAGES_OF_PIXELS,
     },
-    "conv_bn_act": STAGES_OF_DEPTH,
-    "bn_act_conv_bn_act": {*STAGES_OF_DEPTH, "ld.shared.v4", "st.shared.v4"},
+    "conv_bn_act": {*STAGES_OF_DEPTH, WIDE_STORE},
+    "conv_bn_act_avgpool": STAGES_OF_DEPTH,
+    "bn_act_conv_bn_act": {*STAGES_OF_DEPTH, WIDE_STORE, "ld.shared.v4", "st.shared.v4"},
     "conv_bn_act_maxpool": {
         *MMA,
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
         "ld.shared.v4",
-        "st.global.wb.v4",
+        WIDE_STORE,
     },
     "conv_wgrad": {*MMA, *STAGES_OF_PIXELS},
     "bn_backward_conv_wgrad": {*MMA, *STAGES_OF_PIXELS},
@@ -111,7 +113,7 @@ INSTRUCTIONS = {
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes",
         "mbarrier.try_wait.parity.shared::cta.b64",
         "ld.global.v4",
-        "st.global.wb.v4",
+        WIDE_STORE,
     },
 }
 # And in its machine code: what that comes to on Hopper.

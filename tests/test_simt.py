@@ -62,6 +62,10 @@ PLANTED_WGMMA = {
     "another_row": ("plain", ORDERS + LAZY, WRONG_PRODUCT),
     "between_stages": ("plain", ORDERS, "simt: load_box: the destination is not aligned"),
 }
+# What a kernel is not asked for, in checks that are right only of all of it.
+PLANTED_CONV = {
+    ("avgpool", bug): "check failed: .*: mean" for bug in ("no_row", "no_residual", "no_relu")
+}
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +99,10 @@ def test_traversals_cover_every_element_once(drivers):
     passing(drivers["plain"], "round_robin", "traversal")
 
 
-def caught(driver: Path, order: str, check: str, bug: str, report: str) -> None:
+def caught(driver: Path, order: str, *arguments: str, report: str) -> None:
     # A random order may miss a race; eight of them may not.
     for seed in range(8 if order.startswith("random") else 1):
-        result = run(driver, order, check, bug, seed=seed)
+        result = run(driver, order, *arguments, seed=seed)
         if result.returncode != 0:
             break
     assert result.returncode != 0, f"{order} missed it"
@@ -109,21 +113,21 @@ def caught(driver: Path, order: str, check: str, bug: str, report: str) -> None:
 def test_emulator_catches(drivers, bug):
     build, orders, report = PLANTED[bug]
     for order in orders:
-        caught(drivers[build], order, "shim", bug, report)
+        caught(drivers[build], order, "shim", bug, report=report)
 
 
 @pytest.mark.parametrize("bug", PLANTED_MMA)
 def test_emulator_catches_in_matrix_instructions(drivers, bug):
     build, orders, report = PLANTED_MMA[bug]
     for order in orders:
-        caught(drivers[build], order, "mma", bug, report)
+        caught(drivers[build], order, "mma", bug, report=report)
 
 
 @pytest.mark.parametrize("bug", PLANTED_WGMMA)
 def test_emulator_catches_in_instructions_of_hopper(drivers, bug):
     build, orders, report = PLANTED_WGMMA[bug]
     for order in orders:
-        caught(drivers[build], order, "wgmma", bug, report)
+        caught(drivers[build], order, "wgmma", bug, report=report)
 
 
 def test_plans_of_convolutions(drivers):
@@ -142,11 +146,17 @@ def test_plans_of_convolutions(drivers):
         ("f64", "sanitized", ("last_ahead",)),
     ],
 )
-@pytest.mark.parametrize("check", ["conv", "chain"])
+@pytest.mark.parametrize("check", ["conv", "chain", "avgpool"])
 def test_convolution_in_every_tile(drivers, check, dtype, build, orders):
     """Also those that a plan for an emulated GPU would not choose, and split sums."""
     for order in orders:
         passing(drivers[build], order, check, dtype)
+
+
+@pytest.mark.parametrize(("check", "bug"), PLANTED_CONV)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_checks_of_convolutions_catch(drivers, check, bug, dtype):
+    caught(drivers["plain"], "round_robin", check, dtype, bug, report=PLANTED_CONV[check, bug])
 
 
 @pytest.mark.parametrize(
@@ -154,6 +164,7 @@ def test_convolution_in_every_tile(drivers, check, dtype, build, orders):
     [
         "conv_bn_act",
         "conv_bn_act_maxpool",
+        "conv_bn_act_avgpool",
         "conv_dgrad",
         "conv_wgrad",
         "bn_act_conv_bn_act",
@@ -174,6 +185,7 @@ def test_tf32_is_taken_where_torch_takes_it(simt, monkeypatch, op):
             *(x, weight, None, None, *geometry[:3]),
             *([2, 2], [2, 2], [0, 0], [1, 1], False, "none"),
         ),
+        "conv_bn_act_avgpool": (x, weight, None, None, None, *geometry, "none"),
         "conv_dgrad": (x, weight, None, [5, 6], *geometry),
         "conv_wgrad": (x, x, None, None, "none", [3, 3], *geometry),
         "bn_act_conv_bn_act": (x, *normalised, weight, None, None, None, *geometry, "none"),

@@ -363,13 +363,6 @@ struct ConvWgradArgs {
   bool tf32;
 };
 
-// out = max over each window of conv_bn_act, of one group; conv.out is not read.
-struct ConvBnActMaxpoolArgs {
-  ConvBnActArgs conv;
-  PoolShape pool;
-  void* out;
-};
-
 // Every op: the name of its launchers, and what they take.
 #define FUSED_RESNET_OPS(X)                                         \
   X(eltwise_act, EltwiseActArgs)                                    \
@@ -394,9 +387,6 @@ struct ConvBnActMaxpoolArgs {
   X(conv_pack, ConvPackArgs)                                        \
   X(conv_dgrad, ConvDgradArgs)                                      \
   X(conv_wgrad, ConvWgradArgs)
-
-// Those that pool what they convolve, which CPUs have no kernels for.
-#define FUSED_RESNET_POOL_OPS(X) X(conv_bn_act_maxpool, ConvBnActMaxpoolArgs)
 
 namespace cpu {
 
@@ -439,7 +429,6 @@ struct Place {
 
 #define FUSED_RESNET_ON_PLACE(op, Args) Status op(const Args&, const Place&);
 FUSED_RESNET_OPS(FUSED_RESNET_ON_PLACE)
-FUSED_RESNET_POOL_OPS(FUSED_RESNET_ON_PLACE)
 
 // As cpu's: the weight as channels_last has it, in its own type.
 int64_t conv_packed_size(DType dtype, const ConvShape& shape);

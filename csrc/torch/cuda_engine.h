@@ -75,6 +75,7 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("conv_dgrad_", TORCH_BOX(&conv_dgrad_<Device>));
   library.impl("batch_norm_act_", TORCH_BOX(&batch_norm_act_<Device>));
   library.impl("conv_bn_act_maxpool", TORCH_BOX(&conv_bn_act_maxpool<Device>));
+  library.impl("conv_bn_act_avgpool", TORCH_BOX(&conv_bn_act_avgpool<Device>));
   library.impl("bn_act_maxpool", TORCH_BOX(&bn_act_maxpool<Device>));
   library.impl("global_avg_pool", TORCH_BOX(&global_avg_pool<Device>));
   library.impl("bn_act_maxpool_train", TORCH_BOX(&bn_act_maxpool_train<Device>));

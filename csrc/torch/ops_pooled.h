@@ -1,6 +1,7 @@
 // Ops that pool what they convolve.
 #pragma once
 
+#include "../kernels/api_pool.h"
 #include "ops.h"
 
 namespace fused_resnet::glue {
@@ -22,6 +23,22 @@ Tensor conv_bn_act_maxpool(Tensor x, Tensor weight, MaybeTensor scale, MaybeTens
   args.out = out.mutable_data_ptr();
   check_status(kOp, Device(out).launch(args));
   return in_format(out, in.channels_last);
+}
+
+template <class Device>
+Tensor conv_bn_act_avgpool(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor shift,
+                           MaybeTensor residual, Ints stride, Ints padding, Ints dilation,
+                           int64_t groups, std::string act, bool tf32) {
+  constexpr const char* kOp = "conv_bn_act_avgpool";
+  ConvBnActTensors in{x, weight, scale, shift, residual};
+  ConvBnActAvgpoolArgs args{};
+  args.conv = in.describe(kOp, stride, padding, dilation, groups, act);
+  args.conv.tf32 = tf32;
+  const ConvShape& s = args.conv.shape;
+  Tensor out = new_output(in.x, {s.batch, s.out_channels, 1, 1}, in.channels_last);
+  args.out = out.mutable_data_ptr();
+  check_status(kOp, Device(out).launch(args));
+  return out;
 }
 
 }  // namespace fused_resnet::glue

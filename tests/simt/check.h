@@ -22,4 +22,5 @@ void check_wgmma(int argc, char** argv);
 void check_traversal(int argc, char** argv);
 void check_conv_plan(int argc, char** argv);
 void check_conv(int argc, char** argv);
+void check_avgpool(int argc, char** argv);
 void check_chain(int argc, char** argv);

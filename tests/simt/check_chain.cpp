@@ -256,11 +256,5 @@ void run_all(bool tf32) {
 
 void check_chain(int argc, char** argv) {
   check(argc == 1, "expected a dtype");
-  const std::string dtype = argv[0];
-  if (dtype == "f32") return run_all<float>(false);
-  if (dtype == "tf32") return run_all<float>(true);
-  if (dtype == "f64") return run_all<double>(false);
-  if (dtype == "bf16") return run_all<__nv_bfloat16>(false);
-  if (dtype == "f16") return run_all<__half>(false);
-  check_failed("unknown dtype " + dtype);
+  with_type(argv[0], [](auto type, bool tf32) { run_all<decltype(type)>(tf32); });
 }

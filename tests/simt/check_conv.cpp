@@ -1,6 +1,10 @@
-// Checks the CUDA convolution in every tile and with every number of splits, against nested loops
-// in double, within the bound that rounding every operation allows.
+// Checks the CUDA convolution in every tile and with every number of splits, and the means over
+// images of its result, against nested loops in double, within the bound that rounding every
+// operation allows.
+#include <cstring>
+
 #include "../../csrc/kernels/cuda/conv.cuh"
+#include "../../csrc/kernels/cuda/workspace.h"
 #include "conv_problem.h"
 
 using namespace fused_resnet;
@@ -43,15 +47,62 @@ class Problem {
     if (cuda::convolve(conv, plan, partial.data(), nullptr) != Status::ok)
       check_failed(what + ": status");
     for (int64_t i = 0; i < out.size; ++i)
-      if (!(std::fabs(out.at(i) - exact[i]) <= bound[i]))
-        check_failed(what + ": element " + std::to_string(i) + " is " + std::to_string(out.at(i)) +
-                     ", expected " + std::to_string(exact[i]) + " within " +
-                     std::to_string(bound[i]));
+      expect(what + ": element ", i, out.at(i), exact[i], bound[i]);
+  }
+
+  // The mean of each image, which is the same to the bit on every GPU.
+  void run_means(const Bug<ConvBnActAvgpoolArgs>& bug) {
+    ConvBnActAvgpoolArgs args{};
+    args.conv.dtype = Type<T>::dtype;
+    args.conv.act = conv.act;
+    args.conv.shape = s;
+    args.conv.x = conv.x;
+    args.conv.weight = conv.weight;
+    for (int d = 0; d < 4; ++d) args.conv.weight_stride[d] = conv.weight_stride[d];
+    args.conv.scale = conv.scale;
+    args.conv.shift = conv.shift;
+    args.conv.residual = conv.residual;
+    args.conv.tf32 = product_unit > 0;
+    bug(args);
+    const int64_t size = s.batch * s.out_channels;
+    const Array<T> outs[2] = {Array<T>(size), Array<T>(size)};
+    for (const Array<T>& out : outs) {
+      const cuda::Gpu gpu = &out == outs ? cuda::Gpu{2, 80} : cuda::Gpu{132, 90};
+      const Array<unsigned char> workspace(cuda::workspace_bytes(args, gpu));
+      args.out = out.data();
+      if (cuda::conv_bn_act_avgpool(args, {nullptr, gpu, workspace.data()}) != Status::ok)
+        check_failed(name + ": status");
+    }
+    check(memcmp(outs[0].data(), outs[1].data(), size * sizeof(T)) == 0, "another GPU's means");
+    for (int64_t i = 0; i < size; ++i) check_mean(outs[0], i);
   }
 
   cuda::Conv conv;
 
  private:
+  static void expect(const std::string& what, int64_t i, double got, double expected,
+                     double within) {
+    if (!(std::fabs(got - expected) <= within))
+      check_failed(what + std::to_string(i) + " is " + std::to_string(got) + ", expected " +
+                   std::to_string(expected) + " within " + std::to_string(within));
+  }
+
+  void check_mean(const Array<T>& out, int64_t i) const {
+    const int64_t pixels = s.out_height * s.out_width;
+    const int64_t first = i / s.out_channels * pixels * s.out_channels + i % s.out_channels;
+    double mean = 0, off = 0, magnitude = 0;
+    for (int64_t p = 0; p < pixels; ++p) {
+      const int64_t at = first + p * s.out_channels;
+      mean += exact[at] / pixels;
+      off += bound[at] / pixels;
+      magnitude += (std::fabs(exact[at]) + bound[at]) / pixels;
+    }
+    constexpr int kAdded = 66;  // the pixels of a tile, and what rounds the sum of tiles
+    off += kAdded * (sizeof(T) == 8 ? 0x1p-53 : 0x1p-24) * magnitude;
+    expect(name + ": mean ", i, out.at(i), mean,
+           off + Type<T>::unit * (std::fabs(mean) + off) + Type<T>::least);
+  }
+
   // The weight is dense as channels_last has it.
   void compute() {
     const int64_t in = s.in_channels / s.groups;
@@ -115,6 +166,26 @@ void run_all(bool tf32) {
   printf("%d runs\n", count);
 }
 
+// Images of a tile of 64 pixels, of less, of more and of several; channels at the edge of theirs.
+template <class T>
+void run_means(bool tf32, const Bug<ConvBnActAvgpoolArgs>& bug) {
+  const int64_t n = 16 / sizeof(T);
+  const Case cases[] = {
+      {3, 7, 7, n, 65},
+      {2, 7, 9, 3 * n, 64, 3, 1, 1},
+      {2, 8, 8, n, 63},
+      {2, 5, 13, n, n},
+      {1, 11, 12, 2 * n, 3 * n, 3, 1, 1},
+      {2, 13, 11, n, 2 * n, 3, 2, 2, 2},
+      {2, 9, 15, 3, 8, 2, 1, 0},
+      {2, 5, 14, 4 * n, 4 * n, 3, 1, 1, 1, 4},
+      {2, 6, 12, n, n, 1, 1, 0, 1, 1, 1},
+      {2, 2, 33, 4 * static_cast<int64_t>(cuda::kConvRowBytes / sizeof(T)) + n, 9},
+  };
+  for (const Case& c : cases) Problem<T>(c, tf32, &c != cases).run_means(bug);
+  printf("%zu runs\n", std::size(cases));
+}
+
 }  // namespace
 
 // What every plan has to hold to, over the layers of ResNets and beyond.
@@ -158,11 +229,16 @@ void check_conv_plan(int, char**) {
 
 void check_conv(int argc, char** argv) {
   check(argc == 1, "expected a dtype");
-  const std::string dtype = argv[0];
-  if (dtype == "f32") return run_all<float>(false);
-  if (dtype == "tf32") return run_all<float>(true);
-  if (dtype == "f64") return run_all<double>(false);
-  if (dtype == "bf16") return run_all<__nv_bfloat16>(false);
-  if (dtype == "f16") return run_all<__half>(false);
-  check_failed("unknown dtype " + dtype);
+  with_type(argv[0], [](auto type, bool tf32) { run_all<decltype(type)>(tf32); });
+}
+
+void check_avgpool(int argc, char** argv) {
+  const auto bug = planted<ConvBnActAvgpoolArgs>(
+      {
+          {"no_row", [](auto& args) { --args.conv.shape.out_height; }},
+          {"no_residual", [](auto& args) { args.conv.residual = nullptr; }},
+          {"no_relu", [](auto& args) { args.conv.act = Act::none; }},
+      },
+      argc, argv);
+  with_type(argv[0], [&](auto type, bool tf32) { run_means<decltype(type)>(tf32, bug); });
 }

@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -39,6 +41,28 @@ struct Type<__half> {
 
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Calls f(a value of the type, whether its products are of tf32).
+template <class F>
+void with_type(const std::string& dtype, const F& f) {
+  if (dtype == "f32") return f(float{}, false);
+  if (dtype == "tf32") return f(float{}, true);
+  if (dtype == "f64") return f(double{}, false);
+  if (dtype == "bf16") return f(__nv_bfloat16{}, false);
+  if (dtype == "f16") return f(__half{}, false);
+  check_failed("unknown dtype " + dtype);
+}
+
+// Takes a part away from what a kernel is asked for, so that the check has to fail.
+template <class Args>
+using Bug = std::function<void(Args&)>;
+
+// The one that the arguments of a check name behind its dtype, if they do.
+template <class Args>
+Bug<Args> planted(const std::map<std::string, Bug<Args>>& bugs, int argc, char** argv) {
+  check(argc == 1 || (argc == 2 && bugs.count(argv[1])), "expected a dtype, and a bug to plant");
+  return argc == 1 ? [](Args&) {} : bugs.at(argv[1]);
+}
 
 inline std::mt19937 generator(1);
 

@@ -7,9 +7,9 @@
 
 int main(int argc, char** argv) {
   const std::map<std::string, void (*)(int, char**)> checks = {
-      {"shim", check_shim},           {"mma", check_mma},   {"traversal", check_traversal},
-      {"conv_plan", check_conv_plan}, {"conv", check_conv}, {"chain", check_chain},
-      {"wgmma", check_wgmma},
+      {"shim", check_shim},           {"mma", check_mma},         {"traversal", check_traversal},
+      {"conv_plan", check_conv_plan}, {"conv", check_conv},       {"chain", check_chain},
+      {"wgmma", check_wgmma},         {"avgpool", check_avgpool},
   };
   if (argc < 4 || !simt::set_schedule(argv[1], std::stoul(argv[2])) || !checks.count(argv[3])) {
     fprintf(stderr, "usage: %s ORDER[+lazy] SEED CHECK [ARGUMENT...]\n", argv[0]);

@@ -163,10 +163,10 @@ struct MaskAndKeep {
         values[k] = math::relu_backward(widen(z), values[k]);
       }
     }
-    __device__ __forceinline__ void keep(const Vector<T, n>& result, A* sums) const {
-      if (!of.chain.first) return;
-#pragma unroll
-      for (int k = 0; k < n; ++k) sums[k] = widen(result.at[k]);
+    __device__ __forceinline__ void put(const Conv& c, int64_t at, const Vector<T, n>& result,
+                                        A* sums) const {
+      store_values(c, at, result);
+      if (of.chain.first) keep_values(result, sums);
     }
   };
 
@@ -182,27 +182,6 @@ struct MaskAndKeep {
     return channels;
   }
 };
-
-// Sums over the first `rows` rows of the tile, of the column that each thread is at: each adds up
-// some rows, next to each other, and these sums are added in order.
-template <class B, class A, class Value>
-__device__ __forceinline__ A sum_column(A* parts, int rows, bool there, const Value& value) {
-  constexpr int kParts = B::kThreads / B::kColumns, kPartRows = B::kRows / kParts;
-  const int part = threadIdx.x / B::kColumns, column = threadIdx.x % B::kColumns;
-  A mine{};
-  if (there) {
-#pragma unroll 4
-    for (int row = part * kPartRows; row < (part + 1) * kPartRows; ++row)
-      if (row < rows) mine += value(row);
-  }
-  parts[part * B::kColumns + column] = mine;
-  __syncthreads();
-  A sum{};
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) sum += parts[i * B::kColumns + column];
-  __syncthreads();
-  return sum;
-}
 
 // What Chain's `first` and `second` are, of what was written.
 template <class B, class A>

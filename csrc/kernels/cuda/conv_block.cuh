@@ -49,10 +49,14 @@ struct Tile {
   __device__ __forceinline__ int columns(const Conv& c) const {
     return c.group_out_channels() - first_column;
   }
+  // Those that share pixels.
+  template <class B>
+  static int64_t across(const Conv& c) {
+    return ceil_div(c.group_out_channels(), B::kColumns) * c.groups;
+  }
   template <class B>
   static int64_t count(const Conv& c) {
-    return ceil_div(c.pixels(), B::kRows) * ceil_div(c.group_out_channels(), B::kColumns) *
-           c.groups;
+    return ceil_div(c.pixels(), B::kRows) * across<B>(c);
   }
 };
 
@@ -96,10 +100,27 @@ __device__ __forceinline__ void add_products(const Conv& c, int begin, int end,
   __syncthreads();
 }
 
-// What is done to values before they are rounded, and kept of what was stored: nothing. Others have
+// n adjacent elements of the output, from `at` on.
+template <class T, int n>
+__device__ __forceinline__ void store_values(const Conv& c, int64_t at,
+                                             const Vector<T, n>& values) {
+  if constexpr (n * sizeof(T) == kVectorBytes)
+    store_global<n>(static_cast<T*>(c.out) + at, values);
+  else
+    store<n>(static_cast<T*>(c.out) + at, values);
+}
+
+// Elements of the output in place of the sums that became them.
+template <class T, int n>
+__device__ __forceinline__ void keep_values(const Vector<T, n>& values, Acc<T>* sums) {
+#pragma unroll
+  for (int k = 0; k < n; ++k) sums[k] = widen(values.at[k]);
+}
+
+// What is done to values before they are rounded, and to what is to be stored: it is. Others have
 // of<n>(channel), for n adjacent channels, whose on(pixel) has
 //   change(values, at), before values at an element of the output are rounded, and
-//   keep(result, sums), where the sums were that became the result.
+//   put(c, at, result, sums), where the sums were that became the result.
 struct AsTheyAre {
   template <int n>
   __device__ __forceinline__ AsTheyAre of(int) const {
@@ -108,14 +129,17 @@ struct AsTheyAre {
   __device__ __forceinline__ AsTheyAre on(const Pixel&) const { return {}; }
   template <class Values>
   __device__ __forceinline__ void change(Values&, int64_t) const {}
-  template <class Result, class Sum>
-  __device__ __forceinline__ void keep(const Result&, Sum*) const {}
+  template <class T, int n>
+  __device__ __forceinline__ void put(const Conv& c, int64_t at, const Vector<T, n>& result,
+                                      Acc<T>*) const {
+    store_values(c, at, result);
+  }
 };
 
 // n adjacent sums of one row of the tile as elements of the output from `at` on, whose channels'
 // scale and shift, and whatever comes behind them, are given.
-template <class T, int n, class Sum, class After>
-__device__ __forceinline__ void write_values(const Conv& c, Sum* sums, int64_t at,
+template <class T, int n, class After>
+__device__ __forceinline__ void write_values(const Conv& c, Acc<T>* sums, int64_t at,
                                              const ScaleShift<T, n>& scale_shift,
                                              const After& after) {
   Acc<T> values[n];
@@ -132,11 +156,7 @@ __device__ __forceinline__ void write_values(const Conv& c, Sum* sums, int64_t a
   Vector<T, n> result;
 #pragma unroll
   for (int k = 0; k < n; ++k) result.at[k] = narrow<T>(values[k]);
-  if constexpr (n * sizeof(T) == kVectorBytes)
-    store_global<n>(static_cast<T*>(c.out) + at, result);
-  else
-    store<n>(static_cast<T*>(c.out) + at, result);
-  after.keep(result, sums);
+  after.put(c, at, result, sums);
 }
 
 // The sums of a tile, in shared memory, at rows of Sums::kPitch.
@@ -145,6 +165,51 @@ __device__ __forceinline__ void store_sums(const Sums& sums, typename Sums::Sum*
   sums.each([&](int row, int column, const auto& v) {
     store<Sums::kWidth>(to + row * Sums::kPitch + column, v);
   });
+}
+
+// The sums of a tile of which `pixels` are known to all threads, over the stages of its depth from
+// `begin` to `end`: in shared memory, for all threads.
+template <class B, bool wide>
+__device__ __forceinline__ typename B::Sums::Sum* sum_products(const Conv& c, const Tile& tile,
+                                                               const Pixel* pixels, int begin,
+                                                               int end, unsigned char* memory) {
+  using T = typename B::T;
+  const PixelRows<T, B::kRows, B::kThreads, wide> rows(c, pixels, tile.group);
+  const WeightRows<T, B::kColumns, B::kThreads, wide> columns(c, tile.group, tile.first_column);
+  typename B::Sums sums;
+  add_products<B>(
+      c, begin, end, memory, WholeRing<B>{}, sums,
+      [&](const Depth& at, unsigned char* to, int) {
+        rows.load(c, at, to);
+        columns.load(c, at, to + B::kRows * kRowBytes);
+      },
+      [](unsigned char*, int) {});
+  auto* const all = reinterpret_cast<typename B::Sums::Sum*>(memory);
+  store_sums(sums, all);
+  __syncthreads();
+  return all;
+}
+
+// Sums over the first `rows` rows of the tile, of the column that each thread is at: each adds up
+// some rows, next to each other, and these sums are added in order. `parts` has room for one of
+// each thread.
+template <class B, class A, class Value>
+__device__ __forceinline__ A sum_column(A* parts, int rows, bool there, const Value& value) {
+  constexpr int kParts = B::kThreads / B::kColumns, kPartRows = B::kRows / kParts;
+  const int part = threadIdx.x / B::kColumns, column = threadIdx.x % B::kColumns;
+  A mine{};
+  if (there) {
+#pragma unroll 4
+    for (int row = part * kPartRows; row < (part + 1) * kPartRows; ++row)
+      if (row < rows) mine += value(row);
+  }
+  parts[part * B::kColumns + column] = mine;
+  __syncthreads();
+  A sum{};
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) sum += parts[i * B::kColumns + column];
+  __syncthreads();
+  return sum;
 }
 
 // f(row) of every row below `rows` that the thread has of its column.

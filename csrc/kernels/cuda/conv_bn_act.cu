@@ -21,21 +21,9 @@ __global__ void __launch_bounds__(B::kThreads)
   for (int i = threadIdx.x; i < B::kRows; i += B::kThreads)
     pixels[i] = pixel_at(c, tile.first_row, i);
   __syncthreads();
-  const PixelRows<T, B::kRows, B::kThreads, wide> rows(c, pixels, tile.group);
-  const WeightRows<T, B::kColumns, B::kThreads, wide> columns(c, tile.group, tile.first_column);
   const int begin = blockIdx.y * split_stages, stages = (c.depth() + kDepth - 1) / kDepth;
   const int end = begin + split_stages < stages ? begin + split_stages : stages;
-  typename B::Sums sums;
-  add_products<B>(
-      c, begin, end, memory, WholeRing<B>{}, sums,
-      [&](const Depth& at, unsigned char* to, int) {
-        rows.load(c, at, to);
-        columns.load(c, at, to + B::kRows * kRowBytes);
-      },
-      [](unsigned char*, int) {});
-  Sum* const all = reinterpret_cast<Sum*>(memory);
-  store_sums(sums, all);
-  __syncthreads();
+  Sum* const all = sum_products<B, wide>(c, tile, pixels, begin, end, memory);
   const int64_t rows_left = c.pixels() - tile.first_row;
   const int channel = tile.channel(c), columns_left = tile.columns(c);
   if (partial) {  // as they are, [split][pixel][channel]

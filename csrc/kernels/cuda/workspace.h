@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../api_chain.h"
+#include "../api_pool.h"
 
 namespace fused_resnet::cuda {
 
@@ -16,6 +17,7 @@ int64_t workspace_bytes(const ReluBackwardReduceArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActGramArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvBnActArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvBnActMaxpoolArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const ConvBnActAvgpoolArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvDgradArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const ConvWgradArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActConvBnActArgs& args, const Gpu& gpu);
