@@ -62,9 +62,20 @@ PLANTED_WGMMA = {
     "another_row": ("plain", ORDERS + LAZY, WRONG_PRODUCT),
     "between_stages": ("plain", ORDERS, "simt: load_box: the destination is not aligned"),
 }
-# What a kernel is not asked for, in checks that are right only of all of it.
+# What a kernel of convolutions is not asked for, or in another way, and the word for what is wrong.
 PLANTED_CONV = {
-    ("avgpool", bug): "check failed: .*: mean" for bug in ("no_row", "no_residual", "no_relu")
+    ("avgpool", "no_row"): "mean",
+    ("avgpool", "no_residual"): "mean",
+    ("avgpool", "no_relu"): "mean",
+    ("chain", "no_relu"): "element",
+    ("chain", "no_other"): "element",
+    ("chain", "no_center"): "element",
+    ("chain", "no_second"): "element",
+    ("chain", "no_residual"): "element",
+    ("chain", "no_mask"): "masked",
+    ("chain", "no_sums"): "mean",
+    ("chain", "another_mean"): "sum of products",
+    ("chain", "another_order"): "mean",
 }
 
 
@@ -156,7 +167,8 @@ def test_convolution_in_every_tile(drivers, check, dtype, build, orders):
 @pytest.mark.parametrize(("check", "bug"), PLANTED_CONV)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_checks_of_convolutions_catch(drivers, check, bug, dtype):
-    caught(drivers["plain"], "round_robin", check, dtype, bug, report=PLANTED_CONV[check, bug])
+    report = f"check failed: .*: {PLANTED_CONV[check, bug]} "
+    caught(drivers["plain"], "round_robin", check, dtype, bug, report=report)
 
 
 @pytest.mark.parametrize(

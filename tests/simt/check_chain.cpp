@@ -128,19 +128,21 @@ class Problem {
     }
   }
 
-  void run(int tile) {
+  void run(int tile, const Bug<cuda::Chain>& bug) {
     const cuda::ConvTile& of = cuda::kConvTiles[tile];
     const cuda::ChainPlan plan{tile, cuda::ceil_div(residual.size / s.out_channels, of.rows)};
     what = name + " tile " + std::to_string(tile) + ": ";
     Array<T> out(residual.size, offset);
     for (int64_t i = 0; i < out.size; ++i) out.data()[i] = T(NAN);
     const Array<Acc<T>> sums(2 * plan.tiles * s.out_channels);
-    chain.products[0].conv.out = chain.products[1].conv.out = out.data();
+    cuda::Chain given = chain;
+    given.products[0].conv.out = given.products[1].conv.out = out.data();
     if (around.reduced) {
-      chain.first = sums.data();
-      chain.second = sums.data() + sums.size / 2;
+      given.first = sums.data();
+      given.second = sums.data() + sums.size / 2;
     }
-    if (cuda::convolve(chain, plan, nullptr) != Status::ok) check_failed(what + "status");
+    bug(given);
+    if (cuda::convolve(given, plan, nullptr) != Status::ok) check_failed(what + "status");
     for (int64_t i = 0; i < out.size; ++i) check_element(out, i);
     if (around.reduced)
       for (int64_t i = 0; i < sums.size / 2; ++i)
@@ -220,7 +222,7 @@ class Problem {
 };
 
 template <class T>
-void run_all(bool tf32) {
+void run_all(bool tf32, const Bug<cuda::Chain>& bug) {
   const int64_t n = 16 / sizeof(T), stage = cuda::kConvRowBytes / sizeof(T);
   std::vector<Case> cases = at_tile_edges(n);
   for (int64_t stages = 1; stages <= 4; ++stages)  // and of the pipeline
@@ -245,7 +247,7 @@ void run_all(bool tf32) {
                         (!around.second || cuda::reads_wide(products[1].conv));
       for (int tile : {0, cuda::kConvTileCount - 1}) {
         if (tile > 0 && !(wide && products[0].conv.math == cuda::Math::tensor)) continue;
-        problem.run(tile);
+        problem.run(tile, bug);
         ++count;
       }
     }
@@ -255,6 +257,18 @@ void run_all(bool tf32) {
 }  // namespace
 
 void check_chain(int argc, char** argv) {
-  check(argc == 1, "expected a dtype");
-  with_type(argv[0], [](auto type, bool tf32) { run_all<decltype(type)>(tf32); });
+  const auto bug = planted<cuda::Chain>(
+      {
+          {"no_relu", [](auto& chain) { chain.products[0].in.act = Act::none; }},
+          {"no_other", [](auto& chain) { chain.products[0].in.other = nullptr; }},
+          {"no_center", [](auto& chain) { chain.products[0].in.center = nullptr; }},
+          {"no_second", [](auto& chain) { chain.count = 1; }},
+          {"no_residual", [](auto& chain) { chain.products[0].conv.residual = nullptr; }},
+          {"no_mask", [](auto& chain) { chain.mask_x = nullptr; }},
+          {"no_sums", [](auto& chain) { chain.first = nullptr; }},
+          {"another_mean", [](auto& chain) { chain.mask_mean = chain.mask_shift; }},
+          {"another_order", [](auto& chain) { std::swap(chain.first, chain.second); }},
+      },
+      argc, argv);
+  with_type(argv[0], [&](auto type, bool tf32) { run_all<decltype(type)>(tf32, bug); });
 }
