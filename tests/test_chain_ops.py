@@ -242,6 +242,38 @@ def test_layouts(op, layout, backend):
     check(op, backend, make)
 
 
+#: What is put into one element of an operand, by the seed.
+NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
+
+
+def small(op):
+    """What an infinite gradient makes of the padding's zeros is not the same in torch's kernels."""
+    return Conv(2, (5, 7), (5, 6), padding=(0, 0) if op == "bn_backward_conv_wgrad" else (1, 1))
+
+
+def operands():
+    """Each tensor of an op's arguments, on every backend that has the op."""
+    for op, make in INPUTS.items():
+        schema = getattr(torch.ops.fused_resnet, op).default._schema
+        given = make(small(op), Source(0, torch.float32), True)
+        for at, (argument, value) in enumerate(zip(schema.arguments, given, strict=False)):
+            for p in backends(op) if isinstance(value, torch.Tensor) else ():
+                name = f"{op}-{argument.name}-{p.id}"
+                yield pytest.param(op, at, *p.values, id=name, marks=p.marks)
+
+
+@pytest.mark.parametrize(("op", "at", "backend"), operands())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_is_not_finite_comes_out(dtype, op, at, backend):
+    def make(seed):
+        given = INPUTS[op](small(op), Source(seed, dtype), True)
+        operand = given[at] = given[at].clone()
+        operand.view(-1)[operand.numel() // 2] = NOT_FINITE[seed]
+        return of_tensors(channels_last, given)
+
+    check(op, backend, make)
+
+
 @over_cases
 @over_whether
 @pytest.mark.parametrize("op", INPUTS)
