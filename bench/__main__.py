@@ -4,7 +4,6 @@ import argparse
 import fnmatch
 import json
 import os
-import statistics
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from bench import report, training, training_ops
-from bench.cases import DTYPES, WORKS, Case, cases
+from bench import blocks, cases, floors, machine, ops, report, training, training_ops
+from bench.cases import DTYPES, Asked, Case
+from bench.layers import NETWORKS
 from bench.screen import Tick, screen
 from fused_resnet import chart, checkpoints, facts
 from fused_resnet.command import CommandError, positive, require
@@ -23,15 +23,12 @@ from fused_resnet.measure import (
     Pace,
     Result,
     clock,
-    interleave,
     measure,
     write_json,
 )
 
 RESULTS = Path(__file__).parent / "results"
-EVERY_OP = ("conv_bn_act/*", *(f"{op}/*" for op in (*WORKS, *training_ops.WORKS)))
-#: For the bandwidth of a copy: more than any cache holds.
-COPIED_BYTES = 2**28
+EVERY_OP = tuple(f"{op}/*" for op in (*ops.WORKS, *training_ops.WORKS))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +43,10 @@ def parser() -> argparse.ArgumentParser:
     add("--variants", nargs="+", default=["*"], metavar="PATTERN",
         help="variants by name, beside eager")  # fmt: skip
     add("--batch", type=positive, nargs="+", metavar="N", help="default: 1 16; --launches: 32")
-    add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: fp32 bf16")
+    add("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: fp32 bf16")
+    add("--layers", nargs="+", choices=checkpoints.MODELS, metavar="NETWORK",
+        help=f"whose layers and blocks there are cases of (default: {' '.join(NETWORKS)}; "
+        "with --smoke, of the first)")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--patience", type=float, metavar="S",
         help="leave out a peer that prepares for more than S seconds (default: wait)")  # fmt: skip
@@ -88,16 +88,19 @@ def selected(args: argparse.Namespace) -> list[Case]:
     patterns = args.select or (
         ["resnet18/*", "train/resnet18/*", *EVERY_OP] if args.smoke else ["resnet50/*"]
     )
-    several = (cases, training.cases, training_ops.cases)
-    asked = (args.batch, args.dtype, args.size, args.device)
-    everything = [case for of in several for case in of(*asked)]
+    networks = args.layers or NETWORKS[: 1 if args.smoke else None]
+    asked = Asked(args.batch, args.dtype, args.size, args.device, tuple(networks))
+    several = (cases, training, blocks, ops, training_ops)
+    everything = [case for of in several for case in of.cases(asked)]
     found = [c for c in everything if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
     if not found:
         raise CommandError(f"--select {' '.join(patterns)}: there is no such case; --list has all")
     return found
 
 
-def run_case(case: Case, pace: Pace, args: argparse.Namespace, tick: Tick) -> list[dict]:
+def run_case(
+    case: Case, pace: Pace, args: argparse.Namespace, environment: dict, tick: Tick
+) -> list[dict]:
     """One case's results, as they go into JSON."""
     torch._dynamo.reset()  # each network is its own program
     tick("making inputs and the float64 reference", 0.0)
@@ -118,6 +121,8 @@ def run_case(case: Case, pace: Pace, args: argparse.Namespace, tick: Tick) -> li
     )
     known = {"case": case.name, "what": case.what, "batch": case.batch}
     known |= {"dtype": case.dtype, "images": case.batch, "flops": work.flops, "bytes": work.bytes}
+    floor = floors.floor(known, args.size, floors.machine(environment))
+    known |= {"floor": floor}
     return [{**known, **r.as_dict(), **work.facts(r.variant)} for r in results]
 
 
@@ -144,15 +149,17 @@ def run(args: argparse.Namespace) -> int:
         output = RESULTS / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
     environment = {**facts.environment(), "commit": commit(), "device": args.device}
     content = {"schema": 1, "command": "bench", "environment": environment, "size": args.size}
-    if any(case.shape for case in chosen):
-        environment["copy_bytes_per_second"] = copy_bandwidth(args.device, paces["op"])
+    environment["copy_bytes_per_second"] = machine.copy_bandwidth(args.device, paces["op"])
+    environment["peak_flops"] = {
+        dtype: machine.peak_flops(args.device, dtype, paces["op"]) for dtype in args.dtype
+    }
     content["results"] = []
 
     shown: list[dict] = []
     with screen(len(chosen)) as out:
         for i, case in enumerate(chosen):
             pace = paces["op" if case.shape else "network"]
-            rows = run_case(case, pace, args, out.tick(i, case.name))
+            rows = run_case(case, pace, args, environment, out.tick(i, case.name))
             content["results"] += rows
             shown += rows
             if i + 1 == len(chosen) or not case.shape or chosen[i + 1].what != case.what:
@@ -169,15 +176,6 @@ def run(args: argparse.Namespace) -> int:
     for r in failed:
         print(f"FAILED {r['case']}: {r['variant']}: {r['why_not']}")
     return 1 if failed else 0
-
-
-def copy_bandwidth(device: str, pace: Pace) -> float:
-    """Bytes a second, read and written, of a copy within the device's memory."""
-    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    seconds = clock(device, cold=True)
-    samples = interleave({"copy": lambda: target.copy_(source)}, pace, seconds=seconds)["copy"]
-    return 2 * COPIED_BYTES / statistics.median(samples)
 
 
 def draw(content: dict, path: Path) -> None:
@@ -203,6 +201,9 @@ def read(path: Path) -> dict:
         "bench",
     ):
         raise CommandError(f"{path}: does not hold results of this benchmark")
+    on = floors.machine(content["environment"])
+    for row in content["results"]:
+        row.setdefault("floor", floors.floor(row, content["size"], on))
     return content
 
 

@@ -321,7 +321,7 @@ def benchmarks(check: Check) -> Iterator[Step]:
     few = PEERS if check.gpu else ("--smoke",)
     for plan in ON_GPU if check.gpu else ON_CPU:
         options = ["--select", *plan.cases, "--dtype", "bf16", "--batch", str(plan.batch)]
-        options += ["--variants", *OURS, *few]
+        options += ["--layers", "resnet50", "--variants", *OURS, *few]
         options += ["--seconds", str(plan.seconds), "--patience", str(plan.patience)]
 
         yield Step(plan.name, plan.limit, functools.partial(measure, check, plan.name, options))

@@ -42,7 +42,9 @@ def openvino(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int
     def prepare() -> Runner:
         import openvino as ov
 
-        precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+        precision = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(dtype)
+        if precision is None:
+            raise NotImplementedError(f"on a CPU it does not compute in {dtype}")
         core = ov.Core()
         if precision == "bf16" and "BF16" not in core.get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"

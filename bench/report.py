@@ -27,22 +27,18 @@ def ratio(value: Row | None) -> str:
     return f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})" if value else ""
 
 
-def share_of_copy(row: Row, copy: float | None) -> str:
-    """An op's bytes a second in per cent of a copy's; empty where they are not its limit."""
-    if copy is None or is_network(row) or not row["seconds"] or row["flops"] > 10 * row["bytes"]:
-        return ""
-    return f"{100 * row['bytes'] / row['seconds']['median'] / copy:.0f}%"
+def share_of_floor(row: Row) -> str:
+    """The least time there is for it, in per cent of what it takes; empty where it is not known."""
+    least = row["floor"]["seconds"]
+    return f"{100 * least / row['seconds']['median']:.0f}%" if least and row["seconds"] else ""
 
 
-def terminal(rows: list[Row], copy: float | None = None):
-    """A rich table, with a section for each case; columns nobody has a figure for are left out.
-
-    ``copy``: bytes a second, read and written, of a copy on the same device.
-    """
+def terminal(rows: list[Row]):
+    """A rich table, with a section for each case; columns nobody has a figure for are left out."""
     from rich import box
     from rich.table import Table
 
-    figures = [_figures(row, copy) for row in rows]
+    figures = [_figures(row) for row in rows]
     titles = [title for title in figures[0] if any(cells[title] for cells in figures)]
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
@@ -58,7 +54,7 @@ def terminal(rows: list[Row], copy: float | None = None):
     return table
 
 
-def _figures(row: Row, copy: float | None) -> dict[str, str]:
+def _figures(row: Row) -> dict[str, str]:
     time = str(row["why_not"])
     if row["seconds"]:
         median, low, high = (1e3 * row["seconds"][x] for x in ("median", "low", "high"))
@@ -68,7 +64,7 @@ def _figures(row: Row, copy: float | None) -> dict[str, str]:
     return {
         "time, ms": time,
         "rate": rate(row) if row["seconds"] else "",
-        "of copy": share_of_copy(row, copy),
+        "of floor": share_of_floor(row),
         "vs eager": ratio(row["speedup"]),
         "vs best peer": ratio(row["to_peer"]),
         "prepare": "" if prepared is None or not is_network(row) else f"{prepared:.1f} s",
@@ -94,9 +90,9 @@ def markdown(content: Row) -> str:
         title = f"{row['what']}, batch {row['batch']}, {row['dtype']}"
         tables.setdefault(row["what"] if is_network(row) else title, []).append(row)
     env = content["environment"]
-    copy = env.get("copy_bytes_per_second")
+    copy, peaks = env.get("copy_bytes_per_second"), env.get("peak_flops", {})
     parts = [
-        _network_table(title, rows) if is_network(rows[0]) else _op_table(title, rows, copy)
+        _network_table(title, rows) if is_network(rows[0]) else _op_table(title, rows)
         for title, rows in tables.items()
     ]
     versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
@@ -106,6 +102,8 @@ def markdown(content: Row) -> str:
         machine = f"{env['gpus'][0]}, driver {env['driver']}"
     if copy is not None:
         machine += f", a copy moves {1e-9 * copy:.0f} GB/s"
+    for dtype, peak in peaks.items():
+        machine += f", a convolution computes {1e-9 * peak:.0f} GFLOP/s in {dtype}"
     parts.append(
         f"{machine}; {versions}; commit "
         f"{env['commit'] or 'unknown'}, {env['date'][:10]}. Images of {size}. Medians of "
@@ -145,14 +143,14 @@ def _network_table(name: str, rows: list[Row]) -> str:
     return _table(f"{name}, images/s", titles, lines)
 
 
-def _op_table(name: str, rows: list[Row], copy: float | None) -> str:
+def _op_table(name: str, rows: list[Row]) -> str:
     cases, variants, found = _cells(rows, "case", "variant")
 
     def cell(case: str, variant: str) -> str:
         row = found.get((case, variant))
         if row is None or not row["seconds"]:
             return "-"
-        share = share_of_copy(row, copy)
+        share = share_of_floor(row)
         return f"{rate(row)}{share and f', {share}'} ({row['speedup']['median']:.2f}x)"
 
     lines = [(c.split("/")[1], [cell(c, v) for v in variants]) for c in cases]

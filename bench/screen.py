@@ -72,8 +72,7 @@ class Rich:
         return tick
 
     def show(self, rows: list[dict], content: dict[str, Any]) -> None:
-        copy = content["environment"].get("copy_bytes_per_second")
-        self.bar.console.print(report.terminal(rows, copy))
+        self.bar.console.print(report.terminal(rows))
 
     def line(self, text: str) -> None:
         self.bar.console.print(text, highlight=False, markup=False)

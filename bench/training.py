@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from bench import graph
 from bench.cases import (
     DTYPES,
+    Asked,
     Case,
     Work,
     images,
@@ -32,16 +34,17 @@ CLASSES = 1000
 COMPILE = "torch.compile"
 
 
-def cases(batches: list[int], dtypes: list[str], size: int, device: str) -> Iterator[Case]:
+def cases(asked: Asked) -> Iterator[Case]:
     """One training step of every network."""
-    for batch in batches:
-        for name in dtypes:
+    for batch in asked.batches:
+        for name in asked.dtypes:
             for network in checkpoints.MODELS:
-                make = functools.partial(_work, network, batch, DTYPES[name], size, device)
+                given = (network, batch, DTYPES[name], asked.size, asked.device)
+                make = functools.partial(_network_work, *given)
                 yield Case(f"train/{network}", "", batch, name, make)
 
 
-def _autocast(dtype: torch.dtype, device: str) -> contextlib.AbstractContextManager:
+def autocast(dtype: torch.dtype, device: str) -> contextlib.AbstractContextManager:
     half = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(device, dtype) if half else contextlib.nullcontext()
 
@@ -49,7 +52,7 @@ def _autocast(dtype: torch.dtype, device: str) -> contextlib.AbstractContextMana
 def step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Forward, cross entropy and backward; half types by autocast. Returns the loss."""
     target = torch.arange(x.size(0), device=x.device) % CLASSES
-    with _autocast(dtype, x.device.type):
+    with autocast(dtype, x.device.type):
         y = model(x)
     loss = F.cross_entropy(y if dtype == torch.float64 else y.float(), target)
     loss.backward()
@@ -76,11 +79,39 @@ def variant_names(device: str) -> dict[str, str]:
     return {"eager NCHW": EAGER, "eager NHWC": EAGER, **dict.fromkeys(peers, PEER), **ours}
 
 
-def _work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> Work:
+def _network_work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> Work:
     network = copy.deepcopy(seeded_network(name, size)).to(device)
     # Three batches are judged together: in one alone, which ReLU rounding tips decides.
     batches = list(images(3 * batch, size).to(device).split(batch))
+    # Backward computes as much for the input and for the weight of each convolution.
+    flops = 3 * network_flops(name, batch, size)
+
+    def grown(title: str) -> int:
+        return growth(name, batch, dtype, title, size)
+
+    return step_work(network, batches, dtype, step, flops, None, grown)
+
+
+#: Runs a module forward and backward on an input, half types by autocast.
+Step = Callable[[nn.Module, Tensor, torch.dtype], Any]
+
+
+def step_work(
+    network: nn.Module,
+    batches: list[Tensor],
+    dtype: torch.dtype,
+    advance: Step,
+    flops: int,
+    bytes_moved: int | None,
+    grown: Callable[[str], int] | None = None,
+) -> Work:
+    """Steps of a network, or of a part of one, judged by the gradients of its parameters.
+
+    Args:
+        grown: asked on a CPU for the growth of memory under the variant of that name.
+    """
     x = batches[0]
+    device = x.device.type
     exact = copy.deepcopy(network).double().train()
     scales: list[float] = []
 
@@ -91,7 +122,7 @@ def _work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> 
     truth = []
     for each in batches:
         exact.zero_grad()
-        step(exact, each.double(), torch.float64)
+        advance(exact, each.double(), torch.float64)
         # Each gradient counts alike, however large its values are.
         scales = scales or [float(p.grad.abs().max()) or 1.0 for p in exact.parameters()]  # type: ignore[union-attr]
         truth.append(gradients(exact))
@@ -103,7 +134,7 @@ def _work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> 
             def run(x: Tensor) -> nn.Module:
                 model.zero_grad()
                 with torch.enable_grad():
-                    step(model, x, dtype)
+                    advance(model, x, dtype)
                 return model
 
             return Runner(run, lambda x: x.contiguous(memory_format=layout), gradients)
@@ -115,11 +146,11 @@ def _work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> 
             return {}  # compiled code keeps what it likes, and an engine what "fused" keeps
         model, layout = prepared(network, title)
         fed = x.contiguous(memory_format=layout)
-        with _autocast(dtype, device):
+        with autocast(dtype, device):
             kept = kept_bytes(model, fed)
         if device == "cuda":
-            return {"kept": kept, "growth": _growth_on_cuda(model, fed, dtype)}
-        return {"kept": kept, "growth": growth(name, batch, dtype, title, size)}
+            return {"kept": kept, "growth": _growth_on_cuda(model, fed, dtype, advance)}
+        return {"kept": kept} if grown is None else {"kept": kept, "growth": grown(title)}
 
     several = [variant(title, kind) for title, kind in variant_names(device).items()]
     if device == "cuda":
@@ -127,17 +158,15 @@ def _work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> 
         graphed = [v for v in several if v.name in ("fused", "eager NHWC")]
         several += [graph.replayed(v, x) for v in graphed]
         several += on_each_engine(fused, device, dtype, engines.OPS)
-    # Backward computes as much for the input and for the weight of each convolution.
-    flops = 3 * network_flops(name, batch, size)
-    return Work(several, batches, torch.cat(truth), flops, None, facts)
+    return Work(several, batches, torch.cat(truth), flops, bytes_moved, facts)
 
 
-def _growth_on_cuda(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
+def _growth_on_cuda(model: nn.Module, x: Tensor, dtype: torch.dtype, advance: Step) -> int:
     """By how many bytes what is allocated grows over a step."""
-    step(model, x, dtype)  # the gradients are there then
+    advance(model, x, dtype)  # the gradients are there then
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step(model, x, dtype)
+    advance(model, x, dtype)
     return torch.cuda.max_memory_allocated() - before
 
 

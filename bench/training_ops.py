@@ -1,4 +1,4 @@
-"""The memory-bound ops that training is made of, each beside what eager torch does in its place."""
+"""The ops that training is made of, each beside what eager torch does in its place."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import WINDOW, Case, Op, Random, Work, eager, on_engines, op_cases, op_work, ours
+from bench.cases import Asked, Case, Work, on_engines
+from bench.layers import Layer
+from bench.ops import WINDOW, Op, Random, eager, op_cases, op_work, ours
+from fused_resnet import engines
 from fused_resnet.measure import EAGER, Runner, Variant
 from fused_resnet.reference import accumulation_dtype
 from fused_resnet.variants import LAYOUTS
@@ -16,11 +19,9 @@ from fused_resnet.variants import LAYOUTS
 EPS = 1e-5
 
 
-def cases(batches: list[int], dtypes: list[str], size: int, device: str) -> Iterator[Case]:
-    """All of them, at the shapes ResNet-50 has for images of ``size`` pixels."""
-    for batch in batches:
-        for dtype in dtypes:
-            yield from op_cases(WORKS, batch, dtype, size, device)
+def cases(asked: Asked) -> Iterator[Case]:
+    """All of them."""
+    return op_cases(WORKS, asked)
 
 
 def _eager_backward(forward: Callable[..., Tensor]) -> list[Variant]:
@@ -175,10 +176,62 @@ def _bn_act_maxpool_backward(shape: tuple[int, ...], dtype: torch.dtype, device:
     return op_work(several, truth, tensors, 10 * x.numel(), 2 * grad.numel() + x.numel())
 
 
+def _eltwise_act_backward(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Work:
+    grad, *_ = _inputs(shape, dtype, device)
+    inputs = [grad.flip(0), grad.flip(1)]
+    out = torch.relu(inputs[0] + inputs[1])
+    several = eager(lambda grad, out: torch.ops.aten.threshold_backward(grad, out, 0))
+    for engine, (op,) in on_engines(device, dtype, "eltwise_act_backward").items():
+
+        def call(grad, out, op=op):
+            return op(grad, [out, out], out, "sum", None, "relu")[0]
+
+        several += ours({engine: call})
+    truth = torch.ops.aten.threshold_backward(grad.double(), out.double(), 0)
+    return op_work(several, truth, (grad, out), out.numel(), 2 * out.numel())
+
+
+def _gradient(which: int) -> Callable[..., Work]:
+    """Of a convolution's input, 0, or of its weight, 1, from the gradient of its output."""
+    op_name = ("conv_dgrad", "conv_wgrad")[which]
+
+    def make(layer: Layer, batch: int, dtype: torch.dtype, device: str) -> Work:
+        random = Random(dtype, device)
+        x = random.activations(batch, layer.in_channels, layer.height, layer.width)
+        w = random.weight(layer.out_channels, layer.in_channels // layer.groups, *layer.kernel)
+        grad = random.normal(batch, *layer.made).to(dtype)
+        geometry = (list(layer.stride), list(layer.padding), [1, 1])
+        wanted = [i == which for i in range(3)]
+
+        def unfused(grad: Tensor, x: Tensor, w: Tensor) -> Tensor:
+            rest = (None, *geometry, False, [0, 0], layer.groups, wanted)
+            return torch.ops.aten.convolution_backward(grad, x, w, *rest)[which]
+
+        def with_engine(engine: str) -> Callable[..., Tensor]:
+            op = engines.implementation(op_name, engine)
+            if which == 0:
+                size = [layer.height, layer.width]
+                return lambda grad, x, w: op(grad, w, None, size, *geometry, layer.groups)
+            rest = (None, None, "none", list(layer.kernel), *geometry, layer.groups)
+            return lambda grad, x, w: op(grad, x, *rest)
+
+        tensors = (grad, x, w)
+        read = batch * layer.y + (layer.weights, batch * layer.read)[which]
+        fused = {e: with_engine(e) for e in ("vendor", *on_engines(device, dtype, op_name))}
+        truth = unfused(*(t.double() for t in tensors))
+        several = [*eager(unfused), *ours(fused)]
+        return op_work(several, truth, tensors, batch * layer.flops, read)
+
+    return make
+
+
 WORKS = {
-    "bn_act_train": Op("everywhere", _bn_act_train),
-    "bn_act_backward": Op("everywhere", _bn_act_backward),
-    "relu_backward_reduce": Op("ends", _relu_backward_reduce),
-    "bn_act_maxpool_train": Op("stem", _bn_act_maxpool_train),
-    "bn_act_maxpool_backward": Op("stem", _bn_act_maxpool_backward),
+    "bn_act_train": Op("outputs", _bn_act_train),
+    "bn_act_backward": Op("outputs", _bn_act_backward),
+    "relu_backward_reduce": Op("blocks' outputs", _relu_backward_reduce),
+    "bn_act_maxpool_train": Op("the stem's", _bn_act_maxpool_train),
+    "bn_act_maxpool_backward": Op("the stem's", _bn_act_maxpool_backward),
+    "eltwise_act_backward": Op("blocks' outputs", _eltwise_act_backward),
+    "conv_dgrad": Op("layers but the first", _gradient(0)),
+    "conv_wgrad": Op("layers", _gradient(1)),
 }

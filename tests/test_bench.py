@@ -15,7 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import __main__ as bench
-from bench import cases, report, training_ops
+from bench import blocks, cases, ops, report, training_ops
+from bench.cases import Asked
+from bench.layers import NETWORKS, layers
 from fused_resnet import checkpoints, engines, measure
 from fused_resnet.measure import EAGER, OURS, PEER, Error, Pace, Runner, Spread, Variant
 
@@ -42,10 +44,11 @@ def test_smoke(smoke):
     content = json.loads((folder / "r.json").read_text())
     assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
     rows = content["results"]
-    ops = {"conv_bn_act", *cases.WORKS, *training_ops.WORKS}
-    assert {row["what"] for row in rows} == {"resnet18", "train/resnet18", *ops}
+    every_op = {*ops.WORKS, *training_ops.WORKS}
+    assert {row["what"] for row in rows} == {"resnet18", "train/resnet18", *every_op}
     assert {row["dtype"] for row in rows} == {"fp32", "bf16"}
     for row in rows:
+        assert row["floor"]["seconds"] > 0
         if row["kind"] != PEER:
             assert row["within"]
             assert row["seconds"]["median"] > 0
@@ -95,14 +98,6 @@ def test_without_rich(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["environment"]["device"] == "cpu"
 
 
-def test_share_of_a_copy():
-    row = {"bytes": 80, "flops": 100, "seconds": {"median": 2.0}}
-    assert report.share_of_copy(row, 50.0) == "80%"
-    assert report.share_of_copy(row, None) == ""
-    assert report.share_of_copy({**row, "flops": 801}, 50.0) == ""  # it computes
-    assert report.share_of_copy({**row, "bytes": None}, 50.0) == ""  # it is a network
-
-
 def test_every_network_and_layer_has_a_case(capsys):
     assert bench.main(["--list", "--batch", "16"]) == 0
     names = capsys.readouterr().out.split()
@@ -111,15 +106,57 @@ def test_every_network_and_layer_has_a_case(capsys):
         assert f"{model}/b16/{dtype}" in names
     assert "conv_bn_act/3x224x224-7x7s2-64-relu/b16/fp32" in names
     assert "conv_bn_act/512x7x7-1x1-2048-add-relu/b16/bf16" in names
-    assert len(cases.layers("resnet50", 224)) == 24
+    for network in NETWORKS:
+        for layer in layers([network], 224):
+            assert f"conv_bn_act/{layer}/b16/fp32" in names
+            assert f"conv_wgrad/{layer}/b16/fp32" in names
+        for block in blocks.distinct(network, 224):
+            assert f"block/{network}.{block.name}/b16/bf16" in names
+    assert len(layers(["resnet50"], 224)) == 24
+    assert len(blocks.distinct("resnet50", 224)) == 8
+    assert bench.main(["--list", "--layers", "resnet18", "--select", "block/*"]) == 0
+    assert len(capsys.readouterr().out.split()) == 7 * 4  # one of layer1, two of each other
+
+
+def made(name, networks=("resnet50",)):
+    """The work of the case of that name."""
+    *_, batch, dtype = name.split("/")
+    asked = Asked([int(batch[1:])], [dtype], 224, "cpu", networks)
+    several = itertools.chain(*(of.cases(asked) for of in (blocks, ops, training_ops)))
+    return next(case for case in several if case.name == name).make()
 
 
 def test_flops_and_bytes_of_a_layer():
-    name = "conv_bn_act/256x56x56-1x1s2-512/b1/fp32"
-    work = next(c for c in cases.cases([1], ["fp32"], 224, "cpu") if c.name == name).make()
-    assert work.flops == 2 * 512 * 28 * 28 * 256
     # A 1x1 convolution with stride 2 reads a quarter of its input.
-    assert work.bytes == 4 * (256 * 28 * 28 + 512 * 256 + 512 * 28 * 28)
+    layer = "256x56x56-1x1s2-512/b1/fp32"
+    x, w, y = 256 * 28 * 28, 512 * 256, 512 * 28 * 28
+    for op, moved in {
+        "conv_bn_act": x + w + y,
+        "conv_wgrad": x + w + y,
+        "conv_dgrad": 4 * x + w + y,  # the rest of the gradient is zeros, which are written
+    }.items():
+        work = made(f"{op}/{layer}")
+        assert work.flops == 2 * 512 * 28 * 28 * 256
+        assert work.bytes == 4 * moved
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv_dgrad/256x14x14-3x3s2-512-relu/b1/fp32",
+        "conv_wgrad/128x56x56-3x3g32-128-relu/b1/fp32",
+        "global_avg_pool/512x7x7/b2/bf16",
+        "eltwise_act_backward/512x7x7/b2/fp16",
+        "block/resnet18.layer4.0/b1/fp32",
+        "train/block/resnext50_32x4d.layer4.0/b2/fp32",
+    ],
+)
+def test_cases_that_no_smoke_run_has(name):
+    work = made(name, ("resnet18", "resnext50_32x4d"))
+    several = [v for v in work.variants if v.kind != PEER]
+    results = measure.measure(several, work.inputs, work.truth, ONCE)
+    assert {r.kind for r in results} == {EAGER, OURS}
+    assert all(r.within for r in results), results
 
 
 @pytest.mark.parametrize(
@@ -210,6 +247,7 @@ def report_text(rows):
     from rich.console import Console
 
     known = {"case": "x/b1", "what": "x", "images": 1, "flops": 1, "bytes": None}
+    known["floor"] = {"seconds": None}
     console = Console(width=150)
     with console.capture() as capture:
         console.print(report.terminal([{**known, **row} for row in rows]))
