@@ -2,18 +2,18 @@
 
 import argparse
 import fnmatch
-import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-from bench import blocks, cases, floors, machine, ops, report, training, training_ops
+from bench import blocks, cases, compare, floors, machine, ops, report, training, training_ops
 from bench.cases import DTYPES, Asked, Case
 from bench.layers import NETWORKS
+from bench.results import RESULTS, commit, read
 from bench.screen import Tick, screen
 from fused_resnet import chart, checkpoints, facts
 from fused_resnet.command import CommandError, positive, require
@@ -27,7 +27,6 @@ from fused_resnet.measure import (
     write_json,
 )
 
-RESULTS = Path(__file__).parent / "results"
 EVERY_OP = tuple(f"{op}/*" for op in (*ops.WORKS, *training_ops.WORKS))
 
 
@@ -35,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m bench",
         description="Times every selected case in all its variants, in turn, after checking that "
-        "they are right. Exit status 1: something failed, be it an error of ours outside the rule.",
+        "they are right. Exit status 1: something failed, be it an error of ours outside the rule. "
+        "python -m bench compare A.json B.json tells what differs between two results.",
     )
     add = result.add_argument
     add("--select", nargs="+", metavar="PATTERN",
@@ -66,21 +66,6 @@ def parser() -> argparse.ArgumentParser:
     add("--table", type=Path, metavar="FILE",
         help="measure nothing: print the results in FILE as Markdown, for the README")  # fmt: skip
     return result
-
-
-def commit() -> str | None:
-    """The commit that is measured, + if the tree has changes on top of it; None outside git."""
-
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(RESULTS.parent), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short", "HEAD")
-    return f"{head}+" if head and git("status", "--porcelain") else head
 
 
 def selected(args: argparse.Namespace) -> list[Case]:
@@ -188,25 +173,6 @@ def draw(content: dict, path: Path) -> None:
     chart.throughput("Networks", machine, rows, path)
 
 
-def read(path: Path) -> dict:
-    """Results from a file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CommandError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CommandError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(content, dict) or (content.get("schema"), content.get("command")) != (
-        1,
-        "bench",
-    ):
-        raise CommandError(f"{path}: does not hold results of this benchmark")
-    on = floors.machine(content["environment"])
-    for row in content["results"]:
-        row.setdefault("floor", floors.floor(row, content["size"], on))
-    return content
-
-
 def count_launches(args: argparse.Namespace) -> None:
     """Print and write what networks launch and move."""
     from bench import launches
@@ -225,8 +191,15 @@ def count_launches(args: argparse.Namespace) -> None:
     print(f"\nresults  {output}")
 
 
+#: What is not a run, by its first word.
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": compare.main}
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    args = parser().parse_args(words)
     try:
         if args.launches:
             count_launches(args)

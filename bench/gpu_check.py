@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import report
-from bench.__main__ import commit
+from bench.results import commit
 from fused_resnet import facts
 from fused_resnet.command import positive
 from fused_resnet.measure import write_json

@@ -38,23 +38,24 @@ def terminal(rows: list[Row]):
     from rich import box
     from rich.table import Table
 
-    figures = [_figures(row) for row in rows]
-    titles = [title for title in figures[0] if any(cells[title] for cells in figures)]
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("")
+    cells_of = [figures(row) for row in rows]
+    titles = [title for title in cells_of[0] if any(cells[title] for cells in cells_of)]
+    made = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("")
     for title in titles:
-        table.add_column(title, justify="right")
-    for case, several in groupby(zip(rows, figures, strict=True), lambda pair: pair[0]["case"]):
-        table.add_row(f"[bold]{case}[/]")
+        made.add_column(title, justify="right")
+    for case, several in groupby(zip(rows, cells_of, strict=True), lambda pair: pair[0]["case"]):
+        made.add_row(f"[bold]{case}[/]")
         for row, cells in several:
             style = None if row["within"] or row["error"] is None else "red"
             name = f"[bold]{row['variant']}[/]" if row["kind"] == "ours" else row["variant"]
-            table.add_row(f"  {name}", *(cells[title] for title in titles), style=style)
-        table.add_section()
-    return table
+            made.add_row(f"  {name}", *(cells[title] for title in titles), style=style)
+        made.add_section()
+    return made
 
 
-def _figures(row: Row) -> dict[str, str]:
+def figures(row: Row) -> dict[str, str]:
+    """What a table shows of a result, by the title of its column."""
     time = str(row["why_not"])
     if row["seconds"]:
         median, low, high = (1e3 * row["seconds"][x] for x in ("median", "low", "high"))
@@ -89,32 +90,37 @@ def markdown(content: Row) -> str:
     for row in content["results"]:
         title = f"{row['what']}, batch {row['batch']}, {row['dtype']}"
         tables.setdefault(row["what"] if is_network(row) else title, []).append(row)
-    env = content["environment"]
-    copy, peaks = env.get("copy_bytes_per_second"), env.get("peak_flops", {})
     parts = [
         _network_table(title, rows) if is_network(rows[0]) else _op_table(title, rows)
         for title, rows in tables.items()
     ]
-    versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
-    size = f"{content['size']}x{content['size']}"
-    machine = f"{env['processor']} ({env['isa']}), {env['threads']} threads"
-    if env.get("device") == "cuda":
-        machine = f"{env['gpus'][0]}, driver {env['driver']}"
-    if copy is not None:
-        machine += f", a copy moves {1e-9 * copy:.0f} GB/s"
-    for dtype, peak in peaks.items():
-        machine += f", a convolution computes {1e-9 * peak:.0f} GFLOP/s in {dtype}"
     parts.append(
-        f"{machine}; {versions}; commit "
-        f"{env['commit'] or 'unknown'}, {env['date'][:10]}. Images of {size}. Medians of "
-        "interleaved rounds; in parentheses how many times as fast as the faster eager; for "
-        "networks also the mean error against float64, relative to the largest output (of a "
-        "training step: of gradients, each relative to its largest) and what backward keeps."
+        f"{machine(content)} Medians of interleaved rounds; in parentheses how many times as fast "
+        "as the faster eager; for networks also the mean error against float64, relative to the "
+        "largest output (of a training step: of gradients, each relative to its largest) and what "
+        "backward keeps."
     )
     return "\n\n".join(parts) + "\n"
 
 
-def _table(corner: str, columns: list[str], lines: Iterable[tuple[str, list[str]]]) -> str:
+def machine(content: Row) -> str:
+    """What results were measured on, and of what."""
+    env = content["environment"]
+    versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
+    text = f"{env['processor']} ({env['isa']}), {env['threads']} threads"
+    if env.get("device") == "cuda":
+        text = f"{env['gpus'][0]}, driver {env['driver']}"
+    if (copy := env.get("copy_bytes_per_second")) is not None:
+        text += f", a copy moves {1e-9 * copy:.0f} GB/s"
+    for dtype, peak in env.get("peak_flops", {}).items():
+        text += f", a convolution computes {1e-9 * peak:.0f} GFLOP/s in {dtype}"
+    commit = env["commit"] or "unknown"
+    size = f"{content['size']}x{content['size']}"
+    return f"{text}; {versions}; commit {commit}, {env['date'][:10]}. Images of {size}."
+
+
+def table(corner: str, columns: list[str], lines: Iterable[tuple[str, list[str]]]) -> str:
+    """In Markdown."""
     head = f"| {corner} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}"
     return "\n".join([head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines)])
 
@@ -140,7 +146,7 @@ def _network_table(name: str, rows: list[Row]) -> str:
 
     titles = [", ".join(c.removeprefix(f"{name}/").split("/")) for c in cases]
     lines = [(v, [cell(v, c) for c in cases]) for v in variants]
-    return _table(f"{name}, images/s", titles, lines)
+    return table(f"{name}, images/s", titles, lines)
 
 
 def _op_table(name: str, rows: list[Row]) -> str:
@@ -154,17 +160,21 @@ def _op_table(name: str, rows: list[Row]) -> str:
         return f"{rate(row)}{share and f', {share}'} ({row['speedup']['median']:.2f}x)"
 
     lines = [(c.split("/")[1], [cell(c, v) for v in variants]) for c in cases]
-    return _table(name, variants, lines)
+    return table(name, variants, lines)
+
+
+def launch_tables(rows: list[Row]) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
+    """Of what networks launch and move: titles, columns and lines."""
+    columns = ["launches on activations", "other launches", "MB an image"]
+    groups = groupby(rows, lambda row: f"{row['network']}, {row['task']}, {row['dtype']}")
+    return [
+        (title, columns, [(r["variant"], _launch_cells(r)) for r in of]) for title, of in groups
+    ]
 
 
 def launches(rows: list[Row]) -> str:
-    """Tables of what networks launch and move; beside each figure its share of eager's."""
-    parts = []
-    for title, several in groupby(rows, lambda r: f"{r['network']}, {r['task']}, {r['dtype']}"):
-        lines = [(row["variant"], _launch_cells(row)) for row in several]
-        columns = ["launches on activations", "other launches", "MB an image"]
-        parts.append(_table(title, columns, lines))
-    return "\n\n".join(parts) + "\n"
+    """Those tables; beside each figure its share of eager's."""
+    return "\n\n".join(table(*each) for each in launch_tables(rows)) + "\n"
 
 
 def _launch_cells(row: Row) -> list[str]:
