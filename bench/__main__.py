@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import blocks, cases, compare, floors, machine, ops, report, training, training_ops
+from bench import blocks, cases, compare, floors, machine, ops, page, report, training, training_ops
 from bench.cases import DTYPES, Asked, Case
 from bench.layers import NETWORKS
 from bench.results import RESULTS, commit, read
@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Times every selected case in all its variants, in turn, after checking that "
         "they are right. Exit status 1: something failed, be it an error of ours outside the rule. "
-        "python -m bench compare A.json B.json tells what differs between two results.",
+        "python -m bench compare A.json B.json tells what differs between two results, "
+        "python -m bench report FILES makes a page of them.",
     )
     add = result.add_argument
     add("--select", nargs="+", metavar="PATTERN",
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FILE",
         help="for the JSON (default: bench/results/TIME.json; with --smoke, none)")  # fmt: skip
     add("--chart", type=Path, metavar="FILE", help="also draw the networks' results, as a PNG")
+    add("--report", type=Path, metavar="FILE.html", help="also make a page of the results")
     add("--smoke", action="store_true",
         help="resnet18 and every op on tiny images, one round: does it all run?")  # fmt: skip
     add("--list", action="store_true", help="print the names of all cases, or of those selected")
@@ -112,7 +114,7 @@ def run_case(
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.chart:
+    if args.chart or args.report:
         require("bench", "matplotlib")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch.cuda.is_available() is False")
@@ -157,6 +159,8 @@ def run(args: argparse.Namespace) -> int:
     if args.chart is not None:
         draw(content, args.chart)
         print(f"chart    {args.chart}")
+    if args.report is not None:
+        page.write([(args.report.stem, content)], args.report)
     failed = [r for r in content["results"] if r["kind"] == OURS and not r["within"]]
     for r in failed:
         print(f"FAILED {r['case']}: {r['variant']}: {r['why_not']}")
@@ -192,7 +196,7 @@ def count_launches(args: argparse.Namespace) -> None:
 
 
 #: What is not a run, by its first word.
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": compare.main}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": compare.main, "report": page.main}
 
 
 def main(argv: list[str] | None = None) -> int:
