@@ -10,7 +10,20 @@ from pathlib import Path
 
 import torch
 
-from bench import blocks, cases, compare, floors, machine, ops, page, report, training, training_ops
+from bench import (
+    baselines,
+    blocks,
+    cases,
+    compare,
+    floors,
+    launches,
+    machine,
+    ops,
+    page,
+    report,
+    training,
+    training_ops,
+)
 from bench.cases import DTYPES, Asked, Case
 from bench.layers import NETWORKS
 from bench.results import RESULTS, commit, read
@@ -36,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
         description="Times every selected case in all its variants, in turn, after checking that "
         "they are right. Exit status 1: something failed, be it an error of ours outside the rule. "
         "python -m bench compare A.json B.json tells what differs between two results, "
-        "python -m bench report FILES makes a page of them.",
+        "python -m bench report FILES makes a page of them, python -m bench baselines counts what "
+        "needs no quiet machine.",
     )
     add = result.add_argument
     add("--select", nargs="+", metavar="PATTERN",
@@ -179,8 +193,6 @@ def draw(content: dict, path: Path) -> None:
 
 def count_launches(args: argparse.Namespace) -> None:
     """Print and write what networks launch and move."""
-    from bench import launches
-
     os.environ.setdefault("TRITON_INTERPRET", "1")  # for its kernels to take the CPU's tensors
     patterns = args.select or ["resnet50"]
     names = [n for n in checkpoints.MODELS if any(fnmatch.fnmatch(n, p) for p in patterns)]
@@ -196,7 +208,11 @@ def count_launches(args: argparse.Namespace) -> None:
 
 
 #: What is not a run, by its first word.
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": compare.main, "report": page.main}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "baselines": baselines.main,
+    "compare": compare.main,
+    "report": page.main,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -181,7 +181,8 @@ def tally(launches: Iterable[Launch], batch: int, weights: set[torch.Size]) -> T
     return Tally(len(large), len(launches) - len(large), moved, dict(names.most_common()))
 
 
-def _network(name: str, dtype: torch.dtype) -> nn.Module:
+def network(name: str, dtype: torch.dtype) -> nn.Module:
+    """A network in channels_last, made so that fake tensors bear it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -199,7 +200,7 @@ def count(name: str, variant: str, train: bool, dtype: torch.dtype, batch: int, 
     ours = variant != EAGER
     engine = engines.use_engine(variant) if ours else contextlib.nullcontext()
     with FakeTensorMode(), engine:
-        model = _network(name, torch.float32 if train else dtype).train(train)
+        model = network(name, torch.float32 if train else dtype).train(train)
         weights = {p.shape for p in model.parameters()}
         if ours:
             fuse(model)
