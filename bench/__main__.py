@@ -5,42 +5,16 @@ import fnmatch
 import os
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
-from bench import (
-    baselines,
-    blocks,
-    cases,
-    compare,
-    floors,
-    launches,
-    machine,
-    ops,
-    page,
-    report,
-    training,
-    training_ops,
-)
-from bench.cases import DTYPES, Asked, Case
+from bench import baselines, compare, launches, page, report
+from bench.cases import DTYPES
 from bench.layers import NETWORKS
 from bench.results import RESULTS, commit, read
-from bench.screen import Tick, screen
-from fused_resnet import chart, checkpoints, facts
+from bench.run import DEFAULT, DEFAULT_CAP, FULL_CAP, run, selected
+from fused_resnet import chart, checkpoints
 from fused_resnet.command import CommandError, positive, require
-from fused_resnet.measure import (
-    EAGER,
-    OURS,
-    Pace,
-    Result,
-    clock,
-    measure,
-    write_json,
-)
-
-EVERY_OP = tuple(f"{op}/*" for op in (*ops.WORKS, *training_ops.WORKS))
+from fused_resnet.measure import OURS, write_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,11 +28,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--select", nargs="+", metavar="PATTERN",
-        help="cases by name, * for anything (default: resnet50/*; the names: --list)")  # fmt: skip
+        help=f"cases by name, * for anything (default: {', '.join(DEFAULT)}, "
+        "inference and training; the names: --list)")  # fmt: skip
     add("--variants", nargs="+", default=["*"], metavar="PATTERN",
         help="variants by name, beside eager")  # fmt: skip
-    add("--batch", type=positive, nargs="+", metavar="N", help="default: 1 16; --launches: 32")
-    add("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: fp32 bf16")
+    add("--batch", type=positive, nargs="+", metavar="N",
+        help="default: 1 16, of training 8; --full: all; --launches: 32")  # fmt: skip
+    add("--dtype", nargs="+", choices=DTYPES, help="default: fp32 bf16; --full: all")
     add("--layers", nargs="+", choices=checkpoints.MODELS, metavar="NETWORK",
         help=f"whose layers and blocks there are cases of (default: {' '.join(NETWORKS)}; "
         "with --smoke, of the first)")  # fmt: skip
@@ -67,12 +43,18 @@ def parser() -> argparse.ArgumentParser:
         help="leave out a peer that prepares for more than S seconds (default: wait)")  # fmt: skip
     add("--size", type=positive, default=224, metavar="PIXELS", help="of the images (default: 224)")
     add("--seconds", type=float, metavar="S",
-        help="time a network about S seconds (default: 30), an op a tenth of it")  # fmt: skip
+        help="time a network about S seconds (default: 20), an op a tenth of it")  # fmt: skip
     add("--threads", type=positive, metavar="N", help="default: the number of physical cores")
     add("--output", type=Path, metavar="FILE",
         help="for the JSON (default: bench/results/TIME.json; with --smoke, none)")  # fmt: skip
     add("--chart", type=Path, metavar="FILE", help="also draw the networks' results, as a PNG")
     add("--report", type=Path, metavar="FILE.html", help="also make a page of the results")
+    add("--full", action="store_true",
+        help="everything there is, in every batch size and type, going on with what --output has "
+        "(default: bench/results/full-DEVICE.json)")  # fmt: skip
+    add("--cap", type=float, metavar="S",
+        help="skip a case that takes more than S seconds (default: without --select "
+        f"{DEFAULT_CAP:.0f}, with --full {FULL_CAP:.0f})")  # fmt: skip
     add("--smoke", action="store_true",
         help="resnet18 and every op on tiny images, one round: does it all run?")  # fmt: skip
     add("--list", action="store_true", help="print the names of all cases, or of those selected")
@@ -82,103 +64,6 @@ def parser() -> argparse.ArgumentParser:
     add("--table", type=Path, metavar="FILE",
         help="measure nothing: print the results in FILE as Markdown, for the README")  # fmt: skip
     return result
-
-
-def selected(args: argparse.Namespace) -> list[Case]:
-    """The cases asked for."""
-    patterns = args.select or (
-        ["resnet18/*", "train/resnet18/*", *EVERY_OP] if args.smoke else ["resnet50/*"]
-    )
-    networks = args.layers or NETWORKS[: 1 if args.smoke else None]
-    asked = Asked(args.batch, args.dtype, args.size, args.device, tuple(networks))
-    several = (cases, training, blocks, ops, training_ops)
-    everything = [case for of in several for case in of.cases(asked)]
-    found = [c for c in everything if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
-    if not found:
-        raise CommandError(f"--select {' '.join(patterns)}: there is no such case; --list has all")
-    return found
-
-
-def run_case(
-    case: Case, pace: Pace, args: argparse.Namespace, environment: dict, tick: Tick
-) -> list[dict]:
-    """One case's results, as they go into JSON."""
-    torch._dynamo.reset()  # each network is its own program
-    tick("making inputs and the float64 reference", 0.0)
-    work = case.make()
-    chosen = [
-        v
-        for v in work.variants
-        if v.kind == EAGER or any(fnmatch.fnmatch(v.name, p) for p in args.variants)
-    ]
-    results: list[Result] = measure(
-        chosen,
-        work.inputs,
-        work.truth,
-        pace,
-        tick,
-        seconds=clock(args.device, cold=bool(case.shape)),
-        patience=args.patience,
-    )
-    known = {"case": case.name, "what": case.what, "batch": case.batch}
-    known |= {"dtype": case.dtype, "images": case.batch, "flops": work.flops, "bytes": work.bytes}
-    floor = floors.floor(known, args.size, floors.machine(environment))
-    known |= {"floor": floor}
-    return [{**known, **r.as_dict(), **work.facts(r.variant)} for r in results]
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.chart or args.report:
-        require("bench", "matplotlib")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise CommandError("--device cuda: torch.cuda.is_available() is False")
-    if args.smoke:
-        args.batch, args.size = [2], 32
-    seconds = 30.0 if args.seconds is None else args.seconds
-    # A GPU needs no more than that to run at its speed.
-    sample = 0.1 if args.device == "cpu" else 0.02
-    paces = {
-        "network": Pace(seconds, most_rounds=100, sample_seconds=sample),
-        "op": Pace(seconds / 10, most_rounds=100, sample_seconds=sample),
-    }
-    if args.smoke:
-        paces = dict.fromkeys(paces, Pace(0.0, 1, 1, 0.0))
-    torch.set_num_threads(args.threads or facts.physical_cores())
-    chosen = selected(args)
-    output = args.output
-    if output is None and not args.smoke:
-        output = RESULTS / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
-    environment = {**facts.environment(), "commit": commit(), "device": args.device}
-    content = {"schema": 1, "command": "bench", "environment": environment, "size": args.size}
-    environment["copy_bytes_per_second"] = machine.copy_bandwidth(args.device, paces["op"])
-    environment["peak_flops"] = {
-        dtype: machine.peak_flops(args.device, dtype, paces["op"]) for dtype in args.dtype
-    }
-    content["results"] = []
-
-    shown: list[dict] = []
-    with screen(len(chosen)) as out:
-        for i, case in enumerate(chosen):
-            pace = paces["op" if case.shape else "network"]
-            rows = run_case(case, pace, args, environment, out.tick(i, case.name))
-            content["results"] += rows
-            shown += rows
-            if i + 1 == len(chosen) or not case.shape or chosen[i + 1].what != case.what:
-                out.show(shown, content)
-                shown = []
-            if output is not None:  # after every case: an interrupted run keeps what it has
-                write_json(output, content)
-    if output is not None:
-        print(f"results  {output}")
-    if args.chart is not None:
-        draw(content, args.chart)
-        print(f"chart    {args.chart}")
-    if args.report is not None:
-        page.write([(args.report.stem, content)], args.report)
-    failed = [r for r in content["results"] if r["kind"] == OURS and not r["within"]]
-    for r in failed:
-        print(f"FAILED {r['case']}: {r['variant']}: {r['why_not']}")
-    return 1 if failed else 0
 
 
 def draw(content: dict, path: Path) -> None:
@@ -215,16 +100,40 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+def measure(args: argparse.Namespace) -> int:
+    """Run, and tell of it."""
+    if args.chart or args.report:
+        require("bench", "matplotlib")
+    content = run(args)
+    if args.chart is not None:
+        draw(content, args.chart)
+        print(f"chart    {args.chart}")
+    if args.report is not None:
+        page.write([(args.report.stem, content)], args.report)
+    for row in content["skipped"]:
+        print(f"SKIPPED {row['case']}: {row['why']}")
+    failed = [r for r in content["results"] if r["kind"] == OURS and not r["within"]]
+    for r in failed:
+        print(f"FAILED {r['case']}: {r['variant']}: {r['why_not']}")
+    return 1 if failed else 0
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a run."""
+    args = parser().parse_args(words)
+    args.dtype = args.dtype or (list(DTYPES) if args.full else ["fp32", "bf16"])
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
-    args = parser().parse_args(words)
+    args = parse(words)
     try:
         if args.launches:
             count_launches(args)
             return 0
-        args.batch = args.batch or [1, 16]
         if args.table is not None:
             content = read(args.table)
             print(report.markdown(content), end="")
@@ -233,10 +142,9 @@ def main(argv: list[str] | None = None) -> int:
                 draw(content, args.chart)
             return 0
         if args.list:
-            args.select = args.select or ["*"]
             print("\n".join(case.name for case in selected(args)))
             return 0
-        return run(args)
+        return measure(args)
     except CommandError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bench.cases import DTYPES, Asked, Case, Work, on_each_engine, seeded_network
+from bench.cases import DTYPES, Asked, Case, Work, memory_of, on_each_engine, seeded_network
 from bench.floors import BLOCK, TRAIN
 from bench.layers import Block, table
 from bench.ops import Random
@@ -18,14 +18,16 @@ from fused_resnet.measure import EAGER, OURS, PEER
 
 def cases(asked: Asked) -> Iterator[Case]:
     """Of each network every block that has shapes of its own."""
-    for batch in asked.batches:
-        for name in asked.dtypes:
-            for network in asked.networks:
+    for network in asked.networks:  # each is made once
+        for batch in asked.batches:
+            for name in asked.dtypes:
                 for block in distinct(network, asked.size):
                     given = (network, block, batch, DTYPES[name], asked.size, asked.device)
                     shape = f"{network}.{block.name}"
                     for what, make in ((BLOCK, _inference), (TRAIN + BLOCK, _training)):
-                        yield Case(what, shape, batch, name, functools.partial(make, *given))
+                        memory = batch * memory_of([block], steps=what != BLOCK)
+                        made = functools.partial(make, *given)
+                        yield Case(what, shape, batch, name, made, memory)
 
 
 def distinct(network: str, size: int) -> list[Block]:

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import graph, peers
+from bench.layers import Block, table
 from fused_resnet import checkpoints, engines, variants
 from fused_resnet.measure import EAGER, OURS, PEER, Runner, Variant
 
@@ -36,6 +37,7 @@ class Case:
     batch: int
     dtype: str
     make: Callable[[], Work]
+    memory: int = 0  #: bytes it takes, about, besides weights and what compilers take
 
     @property
     def name(self) -> str:
@@ -59,7 +61,18 @@ def cases(asked: Asked) -> Iterator[Case]:
             for network in checkpoints.MODELS:
                 size, device = asked.size, asked.device
                 make = functools.partial(_network_work, network, batch, DTYPES[name], size, device)
-                yield Case(network, "", batch, name, make)
+                memory = batch * memory_of(table(network, size), steps=False)
+                yield Case(network, "", batch, name, make, memory)
+
+
+def memory_of(blocks: Iterable[Block], steps: bool) -> int:
+    """Bytes, for an image, that a network or a part of one takes in float64, which is the most.
+
+    A step keeps of every layer what it makes, before and after BatchNorm; inference has the input,
+    the output and what is added of a layer at a time.
+    """
+    made = [layer.y for block in blocks for layer in block.layers]
+    return 8 * (2 * sum(made) if steps else 3 * max(made))
 
 
 def images(count: int, size: int) -> Tensor:

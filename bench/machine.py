@@ -1,6 +1,7 @@
 """What a machine can do at best, measured: for floors."""
 
 import statistics
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,22 @@ COPIED_BYTES = 2**28
 #: For the peak: a 1x1 convolution of so many channels and pixels an image, of images by device.
 CHANNELS, PIXELS = 1024, 32
 IMAGES = {"cpu": 1, "cuda": 256}
+
+
+def available_memory(device: str) -> int:
+    """Bytes that can be had without taking them from others, or from what is limited to us."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    found = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        found[name] = 1024 * int(value.split()[0])
+    group = Path("/sys/fs/cgroup")
+    limit, used = (group / name for name in ("memory.max", "memory.current"))
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return found["MemAvailable"]
+    return min(found["MemAvailable"], int(limit.read_text()) - int(used.read_text()))
 
 
 def copy_bandwidth(device: str, pace: Pace) -> float:

@@ -1,6 +1,7 @@
 """The ops of inference at the shapes that the layers of networks give them."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from bench.cases import DTYPES, Asked, Case, Work, on_engines
 from bench.layers import Layer, places
 from fused_resnet import engines, functional, reference, variants
 from fused_resnet.measure import EAGER, OURS, Runner, Variant
+
+#: Of each element of an op's images: the reference in float64 takes three copies or so, and every
+#: variant has one of its own.
+HELD_BYTES = 48
 
 
 class Op(NamedTuple):
@@ -33,7 +38,9 @@ def op_cases(works: dict[str, Op], asked: Asked) -> Iterator[Case]:
                     given = (place, batch) if of_layer else ((batch, *place),)
                     make = functools.partial(op.make, *given, DTYPES[dtype], asked.device)
                     shape = str(place) if of_layer else "x".join(map(str, place))
-                    yield Case(name, shape, batch, dtype, make)
+                    elements = place.x + place.y if of_layer else math.prod(place)
+                    memory = HELD_BYTES * batch * elements
+                    yield Case(name, shape, batch, dtype, make, memory)
 
 
 def cases(asked: Asked) -> Iterator[Case]:

@@ -82,12 +82,13 @@ def _section(title: str, content: dict[str, Any]) -> dict[str, Any]:
     if (errors := charts.errors(judged)) is not None:
         drawn.append(("Errors against float64", errors))
     figures = [report.figures(row) for row in rows]
-    columns = [name for name in figures[0] if any(cells[name] for cells in figures)]
+    columns = [name for name in (figures or [{}])[0] if any(cells[name] for cells in figures)]
     return {
         "title": title,
         "machine": report.machine(content),
         "best": [b for _, r in _by(networks, "case") if (b := best(r))],
         "missing": _missing(rows),
+        "skipped": content.get("skipped", []),
         "charts": drawn,
         "columns": columns,
         "cases": _by([row | {"cells": c} for row, c in zip(rows, figures, strict=True)], "case"),

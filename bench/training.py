@@ -21,10 +21,12 @@ from bench.cases import (
     Case,
     Work,
     images,
+    memory_of,
     network_flops,
     on_each_engine,
     seeded_network,
 )
+from bench.layers import table
 from fused_resnet import checkpoints, engines, fuse
 from fused_resnet.measure import EAGER, OURS, PEER, Runner, Variant, kept_bytes
 from fused_resnet.plan import MEMORY
@@ -41,7 +43,8 @@ def cases(asked: Asked) -> Iterator[Case]:
             for network in checkpoints.MODELS:
                 given = (network, batch, DTYPES[name], asked.size, asked.device)
                 make = functools.partial(_network_work, *given)
-                yield Case(f"train/{network}", "", batch, name, make)
+                memory = batch * memory_of(table(network, asked.size), steps=True)
+                yield Case(f"train/{network}", "", batch, name, make, memory)
 
 
 def autocast(dtype: torch.dtype, device: str) -> contextlib.AbstractContextManager:

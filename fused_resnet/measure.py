@@ -182,7 +182,7 @@ def measure(
             tick(f"preparing {v.name}", 0.5 * i / len(variants))
             results[v.name] = result = Result(v.name, v.kind)
             try:
-                with _at_most(patience if v.kind == PEER else None):
+                with at_most(patience if v.kind == PEER else None, "not ready"):
                     runner, output = _prepare(v, inputs, result)
             except Exception as error:
                 if v.kind != PEER:
@@ -203,25 +203,36 @@ def measure(
 
 
 @contextlib.contextmanager
-def _at_most(seconds: float | None) -> Iterator[None]:
-    """Raise TimeoutError inside the ``with`` after so many seconds; None: never. Main thread only.
+def at_most(
+    seconds: float | None, what: str, kind: type[BaseException] = TimeoutError
+) -> Iterator[None]:
+    """Raise ``kind``, that ``what`` has not happened, inside the ``with`` after so many seconds.
 
-    A compiler that runs away would otherwise take the time of everyone after it.
+    None: never. Main thread only.
+
+    A compiler that runs away would otherwise take the time of everyone after it. One inside another
+    ends with it.
     """
     if seconds is None:
         yield
         return
 
     def stop(signum: int, frame: Any) -> None:
-        raise TimeoutError(f"not ready within {seconds:.0f} s")
+        raise kind(f"{what} within {seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.getsignal(signal.SIGALRM)
+    start = time.monotonic()
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, left or seconds))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:
+            # Not 0, which would be never.
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3))
 
 
 def _prepare(v: Variant, inputs: Sequence[Any], result: Result) -> tuple[Runner, Tensor]:
