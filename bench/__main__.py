@@ -110,6 +110,8 @@ def measure(args: argparse.Namespace) -> int:
         print(f"chart    {args.chart}")
     if args.report is not None:
         page.write([(args.report.stem, content)], args.report)
+    for name, why in content["absent"].items():
+        print(f"not measured: {name}: {why}")
     for row in content["skipped"]:
         print(f"SKIPPED {row['case']}: {row['why']}")
     failed = [r for r in content["results"] if r["kind"] == OURS and not r["within"]]

@@ -105,7 +105,10 @@ def _network_work(name: str, batch: int, dtype: torch.dtype, size: int, device: 
     inputs = list(images(count, size).to(device).split(batch))
     several = variants.standard(model, dtype, inputs[0])
     if device == "cuda":
-        several.append(variants.compiled(model, dtype, "max-autotune"))
+        for mode in ("reduce-overhead", "max-autotune"):  # both replay CUDA graphs
+            several.append(variants.compiled(model, dtype, mode))
+        if peers.TENSORRT not in peers.absent(device):
+            several.append(peers.tensorrt(model, dtype, inputs[0]))
         graphed = [v for v in several if v.kind == OURS or v.name == "eager NHWC"]
         several += [graph.replayed(v, inputs[0]) for v in graphed]
         fused = variants.fused(model, dtype)
@@ -114,6 +117,7 @@ def _network_work(name: str, batch: int, dtype: torch.dtype, size: int, device: 
         threads = torch.get_num_threads()
         several.append(peers.onnx_runtime(model, dtype, inputs[0], threads))
         several.append(peers.openvino(model, dtype, inputs[0], threads))
+    several.append(peers.torchscript(model, dtype, inputs[0]))
     several.sort(key=lambda v: (EAGER, PEER, OURS).index(v.kind))
     truth = _truth(name, size, count, device)
     return Work(several, inputs, truth, network_flops(name, batch, size), None)

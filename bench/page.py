@@ -89,6 +89,7 @@ def _section(title: str, content: dict[str, Any]) -> dict[str, Any]:
         "best": [b for _, r in _by(networks, "case") if (b := best(r))],
         "missing": _missing(rows),
         "skipped": content.get("skipped", []),
+        "absent": content.get("absent", {}),
         "charts": drawn,
         "columns": columns,
         "cases": _by([row | {"cells": c} for row, c in zip(rows, figures, strict=True)], "case"),

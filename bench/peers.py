@@ -1,12 +1,37 @@
-"""Other ways to run the same network, each at its best for inference on a CPU."""
+"""Other ways to run the same network, each at its best, where its package is installed."""
 
+import copy
+import importlib
 import io
 import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet.measure import PEER, Runner, Variant
+
+#: Those for GPUs that are no part of torch, and the packages they are in.
+TENSORRT, ATTORCH, INPLACE_ABN, APEX = "TensorRT", "attorch", "inplace-ABN", "apex"
+PACKAGES = {
+    TENSORRT: "torch_tensorrt",
+    ATTORCH: "attorch",
+    INPLACE_ABN: "inplace_abn",
+    APEX: "apex",
+}
+
+
+def absent(device: str) -> dict[str, str]:
+    """Why peers that are no part of torch are not measured."""
+    found = {}
+    for name, package in PACKAGES.items():
+        if find_spec(package) is None:
+            found[name] = f"{package} is not installed"
+        elif device != "cuda":
+            found[name] = "it is for GPUs"
+    return found
 
 
 def _numpy(x: Tensor):
@@ -70,3 +95,73 @@ def openvino(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int
         return Runner(run, _numpy, lambda y: torch.from_numpy(y.copy()))
 
     return Variant("OpenVINO", PEER, prepare)
+
+
+def torchscript(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
+    """What torch had for inference before torch.compile."""
+
+    def feed(x: Tensor) -> Tensor:
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def prepare() -> Runner:
+        converted = copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated
+            traced = torch.jit.freeze(torch.jit.trace(converted, feed(example)))
+            return Runner(torch.jit.optimize_for_inference(traced), feed)
+
+    return Variant("jit.optimize_for_inference", PEER, prepare)
+
+
+def tensorrt(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
+    def feed(x: Tensor) -> Tensor:
+        return x.to(dtype).contiguous()
+
+    def prepare() -> Runner:
+        import torch_tensorrt
+
+        converted = copy.deepcopy(model).to(dtype)
+        inputs = [feed(example)]
+        compiled = torch_tensorrt.compile(
+            converted, ir="dynamo", inputs=inputs, enabled_precisions={dtype}
+        )
+        return Runner(compiled, feed)
+
+    return Variant(TENSORRT, PEER, prepare)
+
+
+class _NHWC(nn.Module):
+    """apex's BatchNorm, which takes images whose channels are the last dimension."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+
+def _apex(channels: int, eps: float, momentum: float) -> nn.Module:
+    norm = importlib.import_module("apex.contrib.groupbn.batch_norm").BatchNorm2d_NHWC(channels)
+    norm.eps, norm.momentum = eps, momentum
+    return norm
+
+
+#: BatchNorms to train with, given channels, eps and momentum.
+NORMS: dict[str, Callable[[int, float, float], Any]] = {
+    ATTORCH: lambda *given: importlib.import_module("attorch").BatchNorm2d(*given),
+    INPLACE_ABN: lambda *given: importlib.import_module("inplace_abn").InPlaceABN(
+        *given, activation="identity"
+    ),
+    APEX: _apex,
+}
+
+
+def swap_norms(model: nn.Module, name: str) -> None:
+    """Put a peer's BatchNorm, with the same parameters, where torch's is, everywhere."""
+    for module in list(model.modules()):
+        for key, bn in module.named_children():
+            if type(bn) is nn.BatchNorm2d:
+                norm = NORMS[name](bn.num_features, bn.eps, bn.momentum).to(bn.weight)
+                norm.train(bn.training).load_state_dict(bn.state_dict())
+                setattr(module, key, _NHWC(norm) if name == APEX else norm)

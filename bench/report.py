@@ -61,19 +61,25 @@ def figures(row: Row) -> dict[str, str]:
         median, low, high = (1e3 * row["seconds"][x] for x in ("median", "low", "high"))
         digits = max(0, 2 - math.floor(math.log10(median)))  # three of them count
         time = f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
-    prepared = row["prepare_seconds"]
     return {
         "time, ms": time,
         "rate": rate(row) if row["seconds"] else "",
         "of floor": share_of_floor(row),
         "vs eager": ratio(row["speedup"]),
         "vs best peer": ratio(row["to_peer"]),
-        "prepare": "" if prepared is None or not is_network(row) else f"{prepared:.1f} s",
+        "cold start": _start(row, "prepare_seconds"),
+        "first call": _start(row, "first_call_seconds"),
         "mean error": _error(row["error"]["mean"]) if row["error"] else "",
         "max error": _error(row["error"]["max"]) if row["error"] else "",
         "kept": _megabytes(row.get("kept")),
         "growth": _megabytes(row.get("growth")),
     }
+
+
+def _start(row: Row, what: str) -> str:
+    """Seconds of a network's start, which older results do not have all of."""
+    seconds = row.get(what)
+    return "" if seconds is None or not is_network(row) else f"{seconds:.1f} s"
 
 
 def _megabytes(value: int | None) -> str:

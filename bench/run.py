@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 
-from bench import blocks, cases, compare, floors, machine, ops, results, training, training_ops
+from bench import (
+    blocks,
+    cases,
+    compare,
+    floors,
+    machine,
+    ops,
+    peers,
+    results,
+    training,
+    training_ops,
+)
 from bench.cases import Asked, Case
 from bench.floors import TRAIN
 from bench.layers import NETWORKS
@@ -190,6 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     chosen = selected(args)
     environment = {**facts.environment(), "commit": commit(), "device": args.device}
     content = {"schema": 1, "command": "bench", "environment": environment, "size": args.size}
+    content["absent"] = peers.absent(args.device)
     progress = Progress.of(args, {**content, "results": [], "skipped": []})
     done = progress.done()
     chosen = [case for case in chosen if case.name not in done]

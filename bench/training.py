@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import graph
+from bench import graph, peers
 from bench.cases import (
     DTYPES,
     Asked,
@@ -70,6 +70,8 @@ def prepared(network: nn.Module, variant: str) -> tuple[nn.Module, torch.memory_
         torch._dynamo.reset()
         mode = variant.removeprefix(COMPILE).strip() or "default"
         model = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
+    elif variant in peers.NORMS:
+        peers.swap_norms(model, variant)
     elif variant.startswith("fused"):
         fuse(model, memory=variant.removeprefix("fused").strip() or "auto")
     return model, layout
@@ -78,8 +80,11 @@ def prepared(network: nn.Module, variant: str) -> tuple[nn.Module, torch.memory_
 def variant_names(device: str) -> dict[str, str]:
     """Every variant and its kind."""
     ours = {"fused" if memory == "auto" else f"fused {memory}": OURS for memory in MEMORY}
-    peers = [COMPILE, *([f"{COMPILE} max-autotune"] if device == "cuda" else [])]
-    return {"eager NCHW": EAGER, "eager NHWC": EAGER, **dict.fromkeys(peers, PEER), **ours}
+    others = [COMPILE]
+    if device == "cuda":
+        there = [name for name in peers.NORMS if name not in peers.absent(device)]
+        others += [f"{COMPILE} reduce-overhead", f"{COMPILE} max-autotune", *there]
+    return {"eager NCHW": EAGER, "eager NHWC": EAGER, **dict.fromkeys(others, PEER), **ours}
 
 
 def _network_work(name: str, batch: int, dtype: torch.dtype, size: int, device: str) -> Work:
@@ -145,8 +150,10 @@ def step_work(
         return Variant(title, kind, prepare)
 
     def facts(title: str) -> dict:
-        if title not in variant_names(device) or title.startswith(COMPILE):
-            return {}  # compiled code keeps what it likes, and an engine what "fused" keeps
+        if title not in variant_names(device) or title.startswith((COMPILE, *peers.NORMS)):
+            # Compiled code keeps what it likes, a peer may have failed, and an engine keeps what
+            # "fused" keeps.
+            return {}
         model, layout = prepared(network, title)
         fed = x.contiguous(memory_format=layout)
         with autocast(dtype, device):

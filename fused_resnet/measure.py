@@ -103,7 +103,8 @@ class Result:
 
     variant: str
     kind: str
-    prepare_seconds: float | None = None
+    prepare_seconds: float | None = None  #: until there is a first output, the cold start
+    first_call_seconds: float | None = None  #: of these the first call, in which some compile
     error: Error | None = None
     within: bool = False
     samples: list[float] = field(default_factory=list)  #: seconds a call, one sample a round
@@ -238,8 +239,11 @@ def at_most(
 def _prepare(v: Variant, inputs: Sequence[Any], result: Result) -> tuple[Runner, Tensor]:
     start = time.perf_counter()
     runner = v.prepare()
-    first = runner.read(runner.run(runner.feed(inputs[0])))
-    result.prepare_seconds = time.perf_counter() - start
+    fed = runner.feed(inputs[0])
+    called = time.perf_counter()
+    first = runner.read(runner.run(fed))
+    end = time.perf_counter()
+    result.prepare_seconds, result.first_call_seconds = end - start, end - called
     rest = [runner.read(runner.run(runner.feed(x))) for x in inputs[1:]]
     return runner, torch.cat([first, *rest])
 
