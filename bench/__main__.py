@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import baselines, compare, launches, page, report
+from bench import baselines, compare, launches, page, readme, report
 from bench.cases import DTYPES
 from bench.layers import NETWORKS
 from bench.results import RESULTS, commit, read
@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
         description="Times every selected case in all its variants, in turn, after checking that "
         "they are right. Exit status 1: something failed, be it an error of ours outside the rule. "
         "python -m bench compare A.json B.json tells what differs between two results, "
-        "python -m bench report FILES makes a page of them, python -m bench baselines counts what "
-        "needs no quiet machine.",
+        "python -m bench report FILES makes a page of them, python -m bench readme the README's "
+        "tables, python -m bench baselines counts what needs no quiet machine.",
     )
     add = result.add_argument
     add("--select", nargs="+", metavar="PATTERN",
@@ -71,9 +71,7 @@ def draw(content: dict, path: Path) -> None:
     rows = [row for row in content["results"] if report.is_network(row)]
     if not rows:
         raise CommandError("--chart draws networks, and none is in the results")
-    env = content["environment"]
-    machine = f"{env['processor']}, {env['threads']} threads, torch {env['versions']['torch']}"
-    chart.throughput("Networks", machine, rows, path)
+    chart.throughput("Networks", report.short(content), rows, path)
 
 
 def count_launches(args: argparse.Namespace) -> None:
@@ -96,6 +94,7 @@ def count_launches(args: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "baselines": baselines.main,
     "compare": compare.main,
+    "readme": readme.main,
     "report": page.main,
 }
 

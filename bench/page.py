@@ -52,7 +52,7 @@ def _by(rows: list[Row], key: str) -> Iterator[tuple[str, list[Row]]]:
         yield name, list(several)
 
 
-def _missing(rows: list[Row]) -> list[tuple[str, str, str, str]]:
+def missing(rows: list[Row]) -> list[tuple[str, str, str, str]]:
     """What has no time or is outside the rule: what it is, why, and in which cases."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
@@ -85,9 +85,9 @@ def _section(title: str, content: dict[str, Any]) -> dict[str, Any]:
     columns = [name for name in (figures or [{}])[0] if any(cells[name] for cells in figures)]
     return {
         "title": title,
-        "machine": report.machine(content),
+        "machine": report.about(content),
         "best": [b for _, r in _by(networks, "case") if (b := best(r))],
-        "missing": _missing(rows),
+        "missing": missing(rows),
         "skipped": content.get("skipped", []),
         "absent": content.get("absent", {}),
         "charts": drawn,
@@ -118,8 +118,8 @@ def main(argv: list[str]) -> int:
         help="default: bench-report.html")  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        paths = args.files or sorted(results.RESULTS.glob("*.json"))
-        several = [(path.stem, results.read(path, BENCH, LAUNCHES)) for path in paths]
+        several = [(path.stem, results.read(path, BENCH, LAUNCHES)) for path in args.files]
+        several = several or list(results.kept(BENCH, LAUNCHES).items())
         # What was measured comes before what was counted.
         write(sorted(several, key=lambda each: each[1]["command"]), args.output)
     except CommandError as error:

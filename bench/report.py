@@ -6,6 +6,12 @@ from itertools import groupby
 from typing import Any
 
 Row = dict[str, Any]
+#: What the tables of networks show.
+LEGEND = (
+    "Medians of interleaved rounds; in parentheses how many times as fast as the faster eager; for "
+    "networks also the mean error against float64, relative to the largest output (of a training "
+    "step: of gradients, each relative to its largest) and what backward keeps."
+)
 
 
 def is_network(row: Row) -> bool:
@@ -97,20 +103,28 @@ def markdown(content: Row) -> str:
         title = f"{row['what']}, batch {row['batch']}, {row['dtype']}"
         tables.setdefault(row["what"] if is_network(row) else title, []).append(row)
     parts = [
-        _network_table(title, rows) if is_network(rows[0]) else _op_table(title, rows)
+        network_table(title, rows) if is_network(rows[0]) else _op_table(title, rows)
         for title, rows in tables.items()
     ]
-    parts.append(
-        f"{machine(content)} Medians of interleaved rounds; in parentheses how many times as fast "
-        "as the faster eager; for networks also the mean error against float64, relative to the "
-        "largest output (of a training step: of gradients, each relative to its largest) and what "
-        "backward keeps."
-    )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, f"{about(content)} {LEGEND}"]) + "\n"
+
+
+def about(content: Row) -> str:
+    """What results were measured on, of what, and when."""
+    size = f"{content['size']}x{content['size']}"
+    return f"{machine(content)}; {when(content)}. Images of {size}."
+
+
+def short(content: Row) -> str:
+    """The machine in few words."""
+    env = content["environment"]
+    if env.get("device") == "cuda":
+        return f"{env['gpus'][0]}, torch {env['versions']['torch']}"
+    return f"{env['processor']}, {env['threads']} threads, torch {env['versions']['torch']}"
 
 
 def machine(content: Row) -> str:
-    """What results were measured on, and of what."""
+    """What results were measured on, with the versions."""
     env = content["environment"]
     versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
     text = f"{env['processor']} ({env['isa']}), {env['threads']} threads"
@@ -120,9 +134,12 @@ def machine(content: Row) -> str:
         text += f", a copy moves {1e-9 * copy:.0f} GB/s"
     for dtype, peak in env.get("peak_flops", {}).items():
         text += f", a convolution computes {1e-9 * peak:.0f} GFLOP/s in {dtype}"
-    commit = env["commit"] or "unknown"
-    size = f"{content['size']}x{content['size']}"
-    return f"{text}; {versions}; commit {commit}, {env['date'][:10]}. Images of {size}."
+    return f"{text}; {versions}"
+
+
+def when(content: Row) -> str:
+    env = content["environment"]
+    return f"commit {env['commit'] or 'unknown'}, {env['date'][:10]}"
 
 
 def table(corner: str, columns: list[str], lines: Iterable[tuple[str, list[str]]]) -> str:
@@ -137,7 +154,8 @@ def _cells(rows: list[Row], row_key: str, column_key: str) -> tuple[list[str], l
     return names, columns, {(row[row_key], row[column_key]): row for row in rows}
 
 
-def _network_table(name: str, rows: list[Row]) -> str:
+def network_table(name: str, rows: list[Row]) -> str:
+    """Of the results of a network, a line for each variant."""
     variants, cases, found = _cells(rows, "variant", "case")
 
     def cell(variant: str, case: str) -> str:

@@ -28,20 +28,24 @@ def commit() -> str | None:
     return f"{head}+" if head and git("status", "--porcelain") else head
 
 
-def read(path: Path, *commands: str) -> dict[str, Any]:
-    """A file of results of one of some commands, by default of measuring.
-
-    Floors are added to those that have none.
-    """
+def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CommandError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CommandError(f"{path}: is not JSON: {error}") from error
-    known = content if isinstance(content, dict) else {}
-    command = known.get("command")
-    if known.get("schema") != 1 or command not in (commands or (BENCH,)):
+    return content if isinstance(content, dict) else {}
+
+
+def read(path: Path, *commands: str) -> dict[str, Any]:
+    """A file of results of one of some commands, by default of measuring.
+
+    Floors are added to those that have none.
+    """
+    content = _load(path)
+    command = content.get("command")
+    if content.get("schema") != 1 or command not in (commands or (BENCH,)):
         raise CommandError(f"{path}: does not hold results of this benchmark")
     if command == BENCH:
         try:
@@ -52,3 +56,9 @@ def read(path: Path, *commands: str) -> dict[str, Any]:
             what = f"{type(error).__name__}: {error}"
             raise CommandError(f"{path}: its results are damaged: {what}") from error
     return content
+
+
+def kept(*commands: str) -> dict[str, dict[str, Any]]:
+    """By name, the results of some commands among those in RESULTS."""
+    paths = sorted(RESULTS.glob("*.json"))
+    return {p.stem: read(p, *commands) for p in paths if _load(p).get("command") in commands}
