@@ -38,7 +38,7 @@ from .plan import (
     keeps_output,
     positions,
 )
-from .reference import accumulation_dtype, suggests_channels_last
+from .reference import accumulation_dtype, memory_format, suggests_channels_last
 from .training_backward import Backward, composite_backward
 from .training_fused import FusedBackward
 
@@ -241,14 +241,18 @@ class Chain(torch.autograd.Function):
             else:
                 out, argmax, kept, ctx.counts = _op_by_op(plan, x, residual, params)
                 flat = [t for k in kept for t in k]
-        ctx.plan, ctx.packed = plan, packed
-        ctx.save_for_backward(x, out, argmax, *tensors, *flat)
+        ctx.plan, ctx.packed, ctx.layout = plan, packed, memory_format(out)
+        # Only a ReLU's backward reads what it put out; else it may be written to, as torch's may.
+        read = plan.act == "relu" or plan.pool is not None
+        ctx.save_for_backward(x, out if read else None, argmax, *tensors, *flat)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, out, argmax, *rest = ctx.saved_tensors
         plan: Plan = ctx.plan
+        if out is None:  # of its shape and layout
+            out = grad = grad.contiguous(memory_format=ctx.layout)
         size = len(Params._fields) * (len(plan.steps) + (plan.shortcut is not None))
         params, need = _params(rest[:size]), ctx.needs_input_grad
         if torch.is_grad_enabled():

@@ -378,3 +378,19 @@ def test_overwriting_the_output_is_seen():
     out.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_without_relu_the_output_may_be_overwritten(kernel, memory):
+    """Nothing of what BatchNorm puts out is needed to go back, in torch or here."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, kernel), nn.BatchNorm2d(4)).double()
+    found = []
+    for m in (fused_resnet.fuse(copy.deepcopy(plain), memory=memory), plain):
+        x = torch.linspace(-1, 2, 150).double().sin().view(2, 3, 5, 5).requires_grad_()
+        y = m(x)
+        y += x[:, :1, : y.size(2), : y.size(3)]
+        y.relu_().pow(3).sum().backward()
+        found.append([y, x.grad, *(p.grad for p in m.parameters() if p.dim() != 1)])
+    judge(*found, found[1])
