@@ -89,6 +89,12 @@ class Fused(_Base):
         """The pairs by what an obstacle to one of them stops."""
         return [Group(self.pairs(), self.skipped())]
 
+    def static_obstacle(self) -> str | None:
+        """Why this module cannot run fused whatever its input is, but for what is of a pair."""
+        if "forward" in self.__dict__:
+            return "the block's forward is overridden on the instance"
+        return None
+
     def run(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .caffe_layers import TYPES, Built, Shape, batch_norm, joins
 from .caffe_net import CaffeNet, FusedCaffeNet
-from .caffe_units import Step
+from .graph_units import Step
 
 __all__ = ["CaffeError", "load"]
 

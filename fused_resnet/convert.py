@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 from . import heads  # noqa: F401 (adds its classes to TWINS)
 from .blocks import TWINS, Fused
 from .conditions import BATCH_NORMS, pair_obstacle, plain
+from .forward_source import UnprovableError
 from .plan import MEMORY
+from .proved import Proved, may_have_twin, twin_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,22 +77,18 @@ def _check_model(op: str, model: nn.Module) -> None:
                 raise RuntimeError(f"{op}: {op} before {what}, not after; {where} already wrapped")
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with a fused twin, whether swapped already or not, that hold a pair."""
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Fused]]:
+    """Modules that hold a pair and have a fused twin, and that, swapped already or not."""
     inside: set[nn.Module] = set(_refused(model))
-    originals = _originals()
     for path, m in model.named_modules():
-        kind = originals.get(type(m), type(m))
-        if kind not in TWINS or m in inside:
-            continue
-        twin = _as_twin(m)
-        if not twin.pairs():
+        twin = None if m in inside else _as_twin(m)
+        if twin is None or not twin.pairs():
             continue
         # A block runs its own shortcut: that Sequential is not swapped beside it.
         shortcut = m._modules.get("downsample")
         if shortcut is not None and any(p.conv.startswith("downsample.") for p in twin.pairs()):
             inside.add(shortcut)
-        yield path, m
+        yield path, m, twin
 
 
 def _refused(model: nn.Module) -> dict[nn.Module, str]:
@@ -103,14 +101,32 @@ def _refused(model: nn.Module) -> dict[nn.Module, str]:
     }
 
 
-def _as_twin(m: nn.Module) -> Fused:
-    """A view of ``m`` as its fused twin, sharing its attributes; ``m`` itself is not changed."""
-    if isinstance(m, Fused):
+def _as_twin(m: nn.Module) -> Fused | None:
+    """A view of ``m`` as its fused twin, if there is one; ``m`` itself is not changed."""
+    if isinstance(m, Fused) and (isinstance(m, Proved) or type(m) in _originals()):
         return m
-    twin = TWINS[type(m)]
-    view: Any = object.__new__(twin)
-    view.__dict__ = m.__dict__
-    return view
+    if type(m) in TWINS:
+        view: Any = object.__new__(TWINS[type(m)])
+        view.__dict__ = m.__dict__
+        return view
+    return None if isinstance(twin := _proved(m), str) else twin
+
+
+def _proved(m: nn.Module) -> Fused | str:
+    """The twin of a module with a forward of its own, or why there is none."""
+    if not may_have_twin(m):
+        return "it holds no pair"
+    try:
+        return twin_of(m)
+    except UnprovableError as error:
+        return str(error)
+
+
+def _restore(m: Any) -> None:
+    """Give a module its own class back."""
+    m.__class__ = m.original if isinstance(m, Proved) else _originals()[type(m)]
+    for name in ("memory", "proofs"):
+        m.__dict__.pop(name, None)
 
 
 def _join(path: str, name: str) -> str:
@@ -120,12 +136,9 @@ def _join(path: str, name: str) -> str:
 def _entries(model: nn.Module) -> Report:
     report = Report()
     seen: set[tuple[nn.Module, nn.Module]] = set()
-    for path, m in _candidates(model):
-        twin = _as_twin(m)
+    for path, _, twin in _candidates(model):
         for pairs, skipped in twin.fused_groups():
-            overridden = None
-            if "forward" in m.__dict__:
-                overridden = "the block's forward is overridden on the instance"
+            overridden = twin.static_obstacle()
             for other, kind in skipped:
                 if overridden is None and (reason := plain(other, (kind,))) is not None:
                     overridden = f"the block's {kind.__name__}: {reason}"
@@ -138,21 +151,29 @@ def _entries(model: nn.Module) -> Report:
                 report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
     refused = _refused(model)
     for path, m in model.named_modules():
-        names = list(m._modules)
-        for name, following in itertools.pairwise(names):
+        for name, following in _in_a_row(m):
             conv, bn = m._modules[name], m._modules[following]
             if not isinstance(conv, _ConvNd) or (conv, bn) in seen:
                 continue
             if isinstance(bn, (*BATCH_NORMS, _NormBase, nn.GroupNorm)):
-                reason = f"{type(m).__name__} is not a class that can be fused"
-                if isinstance(m, Fused) or type(m) in TWINS:
-                    reason = "what is between them is used elsewhere, too"
-                if m in refused:
-                    reason = refused[m]
-                elif isinstance(m, nn.Sequential | Fused):
-                    reason = pair_obstacle(conv, bn) or reason
+                reason = refused.get(m) or pair_obstacle(conv, bn) or _why_alone(m)
                 report.append(Entry(_join(path, name), _join(path, following), reason))
     return report
+
+
+def _in_a_row(m: nn.Module) -> Iterable[tuple[str, str]]:
+    """Children that may be a pair: by the proof of what a module does, else by their order."""
+    twin = _as_twin(m)
+    if isinstance(twin, Proved) and twin.proof is not None:
+        return twin.proof.links
+    return itertools.pairwise(m._modules)
+
+
+def _why_alone(m: nn.Module) -> str:
+    """Why a module does not run as one a convolution and the BatchNorm that is named after it."""
+    if _as_twin(m) is None:
+        return f"{type(m).__name__} is not a class that can be fused: {_proved(m)}"
+    return "what is between them is used elsewhere, too, or one of them is called twice"
 
 
 def fuse(model: M, *, strict: bool = False, memory: str = "auto") -> M:
@@ -160,7 +181,9 @@ def fuse(model: M, *, strict: bool = False, memory: str = "auto") -> M:
 
     Modules of known classes (torchvision's and timm's ResNet and their blocks, segmentation heads,
     ``IntermediateLayerGetter``, ``Conv2dNormActivation``, and ``nn.Sequential`` where it holds a
-    convolution followed by its BatchNorm) get the class of their fused twin. Parameters, buffers,
+    convolution followed by its BatchNorm) get the class of their fused twin, and so do those that
+    call their layers in a forward of their own, where torch.fx and its source prove what that does
+    at every call. Parameters, buffers,
     names, ``state_dict`` and ``isinstance`` stay as they are. What cannot run fused, at conversion
     or at any later call, runs as before; :func:`report` says why.
 
@@ -183,12 +206,17 @@ def fuse(model: M, *, strict: bool = False, memory: str = "auto") -> M:
     _check_model("fuse", model)
     if memory not in MEMORY:
         raise ValueError(f"fuse: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+    for m in model.modules():  # what has been changed since is looked at anew
+        if isinstance(m, Proved) and m.frozen_pairs is None and m.static_obstacle() is not None:
+            _restore(m)
     if strict and (unfused := _entries(model).unfused):
         reasons = "; ".join(f"{e.conv}: {e.reason}" for e in unfused)
         raise RuntimeError(f"fuse: strict, and {len(unfused)} pairs cannot be fused: {reasons}")
-    for _, m in list(_candidates(model)):
-        if type(m) in TWINS and "forward" not in m.__dict__:
-            m.__class__ = TWINS[type(m)]
+    for _, m, twin in list(_candidates(model)):
+        if "forward" not in m.__dict__:
+            m.__class__ = type(twin)
+        if isinstance(m, Proved):
+            m.proofs = twin.proofs
         if isinstance(m, Fused):
             m.memory = memory
     return model
@@ -199,9 +227,8 @@ def unfuse(model: M) -> M:
     _check_model("unfuse", model)
     originals = _originals()
     for m in model.modules():
-        if type(m) in originals:
-            m.__class__ = originals[type(m)]
-            m.__dict__.pop("memory", None)
+        if isinstance(m, Proved) or type(m) in originals:
+            _restore(m)
     return model
 
 

@@ -88,7 +88,7 @@ def _freeze_block(m: Fused, path: str, make: MakeLayer, dtype: torch.dtype) -> N
 
 def frozen_copy(op: str, model: nn.Module, dtype: torch.dtype | None, make: MakeLayer) -> Frozen:
     """A copy in which each pair that can be fused is the layer ``make`` made of it; not tuned."""
-    frozen_model = fuse(copy.deepcopy(model)).eval()
+    frozen_model = fuse(copy.deepcopy(model).eval())
     tensors = [*model.parameters(), *model.buffers()]
     devices = {t.device for t in tensors if t.dtype.is_floating_point}
     convolutions = {m.weight.dtype for m in model.modules() if isinstance(m, nn.Conv2d)}

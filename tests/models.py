@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 import torchvision
+from tolerances import judge
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -177,6 +179,31 @@ def runs_fused(model: nn.Module, *inputs: Tensor) -> bool:
     with Ops() as ops:
         model(*inputs)
     return bool(ops.names)
+
+
+def same(plain: nn.Module, *inputs: Tensor) -> nn.Module:
+    """Two steps of training and an evaluation, of a model and its fused copy; the latter.
+
+    In float64, where no rounding decides on which side of a ReLU a value falls: what differs is a
+    mistake.
+    """
+    model = fused_resnet.fuse(copy.deepcopy(plain))
+    found = []
+    for m in (model, plain):
+        own, results = [x.clone().requires_grad_() for x in inputs], []
+        for _ in range(2):
+            outputs = tree_leaves(m.train()(*(x * 1 for x in own)))
+            sum(y.pow(3).sum() for y in outputs).backward()
+            results += outputs
+        with torch.no_grad():
+            results += tree_leaves(m.eval()(*(x.clone() for x in inputs)))
+        # As one: a bias before a BatchNorm has no gradient but rounding.
+        grads = [p.grad.flatten() for p in m.parameters() if p.grad is not None]
+        grads = torch.cat([inputs[0].new_zeros(1), *grads])
+        statistics = torch.cat([b.flatten() for b in m.buffers() if b.is_floating_point()])
+        found.append([*results, *(x.grad for x in own), grads, statistics])
+    judge(*found, found[1])
+    return model
 
 
 def frozen_layers(model: nn.Module) -> list[FrozenConv]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import double, runs_fused
+from models import double, runs_fused, same
 from tolerances import judge
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -80,26 +80,6 @@ CHAINS = {
 
 def image(batch=3, size=9):
     return torch.randn(batch, CHANNELS, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def same(plain, x):
-    """Two steps of training and an evaluation, of a model and its fused copy; the latter."""
-    model = fused_resnet.fuse(copy.deepcopy(plain))
-    found = []
-    for m in (model, plain):
-        x_, results = x.clone().requires_grad_(), []
-        for _ in range(2):
-            y = m.train()(x_)
-            y.pow(3).sum().backward()
-            results.append(y)
-        with torch.no_grad():
-            results.append(m.eval()(x))
-        # As one: a bias before a BatchNorm has no gradient but rounding.
-        grads = torch.cat([p.grad.flatten() for p in m.parameters()])
-        statistics = [b for b in m.buffers() if b.is_floating_point()]
-        found.append([*results, x_.grad, grads, *statistics])
-    judge(*found, found[1])
-    return model
 
 
 @pytest.mark.parametrize(("make", "reason"), CHAINS.values(), ids=CHAINS)
