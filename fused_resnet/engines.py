@@ -62,8 +62,6 @@ CHAIN_OPS = (
     "bn_act_gram_backward",
     "relu_backward_conv_wgrad",
 )
-#: Of them, what saves a pass where an engine has it, and is done in two ops where it has not.
-SPARING_OPS = ("relu_backward_conv_wgrad",)
 #: Those that pool what they convolve where an engine has them, see :func:`pools`.
 POOL_OPS = ("conv_bn_act_maxpool", "conv_bn_act_avgpool")
 # What torch has convolutions for, our kernels being around them.
@@ -229,8 +227,7 @@ def choose(
 
 def fuses(engine: str, device: str, dtype: torch.dtype) -> bool:
     """Whether a chain of convolutions is trained by CHAIN_OPS on the wish ``engine``. Pure."""
-    needed = (op for op in CHAIN_OPS if op not in SPARING_OPS)
-    return engine != "auto" and all(why_not(engine, op, device, dtype) is None for op in needed)
+    return engine != "auto" and all(why_not(engine, op, device, dtype) is None for op in CHAIN_OPS)
 
 
 def pools(op: str, engine: str, device: str, dtype: torch.dtype) -> bool:

@@ -143,6 +143,7 @@ def _relu_backward_conv_wgrad(
     shift: Tensor | None,
     center: Tensor | None,
     act: str,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g = reference.empty_image(grad, grad.shape, grad)
     geometry: Any = ([1, 1], [1, 1], [0, 0], [1, 1], 1)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from . import engines
 from .moments import run, sum_over
 from .plan import Gradients, Kept, Step, is_pointwise
 from .reference import memory_format
@@ -33,7 +32,7 @@ class FusedBackward(Backward):
         grad = grad.contiguous(memory_format=memory_format(out))
         gradients: list[Gradients] = [_NOTHING] * len(self.params)
         s = None
-        if self._begins_with_product(n, grad):
+        if self._begins_with_product(n):
             source = (*self.source(n, x)[:3], self.kept[n].center, self.source(n, x).act)
             g, sum_g, s = run("relu_backward_conv_wgrad", plan.engine, grad, out, *source)
         else:
@@ -57,16 +56,15 @@ class FusedBackward(Backward):
             dz, sums, gradients[i] = self._step(i, step, dz, sums, x, *more)
         return (dz if self.need_x else None), (g if need_residual else None), gradients
 
-    def _begins_with_product(self, n: int, grad: Tensor) -> bool:
+    def _begins_with_product(self, n: int) -> bool:
         """Whether one op makes the gradient behind the last ReLU and what a product makes of it."""
-        engine, where, step = self.plan.engine, grad.device.type, self.plan.steps[n]
+        step = self.plan.steps[n]
         return (
             self.plan.act == "relu"
             and self.kept[n].y is None
             and self._needs_s(n, step)
             and step.stride == [1, 1]
             and is_pointwise(step, self.params[n].weight)
-            and engines.why_not(engine, "relu_backward_conv_wgrad", where, grad.dtype) is None
         )
 
     def _needs_s(self, i: int, step: Step) -> bool:

@@ -57,6 +57,7 @@ BUDGET = {
     "bn_act_conv_stats": Budget(registers=64, shared=4608),
     "bn_backward_conv_dgrad": Budget(registers=64, shared=4608),
     "bn_backward_conv_wgrad": Budget(registers=160, shared=2048, wide=None),
+    "relu_backward_conv_wgrad": Budget(registers=160, shared=2048, wide=None),
     "conv_pack": Budget(registers=64),
     "conv_wgrad": Budget(registers=160, shared=2048, wide=None),
     "bn_act_maxpool": Budget(registers=80, wide=4),
@@ -104,6 +105,7 @@ INSTRUCTIONS = {
     },
     "conv_wgrad": {*MMA, *STAGES_OF_PIXELS},
     "bn_backward_conv_wgrad": {*MMA, *STAGES_OF_PIXELS},
+    "relu_backward_conv_wgrad": {*MMA, *STAGES_OF_PIXELS, WIDE_STORE},
     "conv_wgmma": {
         *(
             f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{half}.{half}"

@@ -2,15 +2,23 @@
 
 import pytest
 import torch
-from cases import LAYOUTS, Source, channels_last, of_tensors, over_backends, verify
-from conv_cases import pointwise
-from test_chain_ops import vectors
+from cases import LAYOUTS, Source, channels_last, of_tensors, over_backends, over_dtypes, verify
+from conv_cases import Conv, pointwise
+from test_chain_ops import NOT_FINITE, vectors
 
 from fused_resnet import engines, reference_chain
 
 OP = "relu_backward_conv_wgrad"
-#: A tile and less, several ranges of pixels, several tiles that read the same gradient.
-CASES = [pointwise(7, (5, 9)), pointwise(300, (17, 20)), pointwise(20, (70, 130))]
+#: A tile and less, several ranges of pixels, several tiles that read the same gradient; then the
+#: like by whole vectors, and nothing.
+CASES = [
+    pointwise(7, (5, 9)),
+    pointwise(300, (17, 20)),
+    pointwise(20, (70, 130)),
+    pointwise(600, (8, 16)),
+    pointwise(40, (72, 136)),
+    Conv(0, (5, 9), (1, 7), (1, 1), padding=(0, 0)),
+]
 
 
 def given(case, source, whole):
@@ -34,7 +42,7 @@ def check(backend, make):
 
 
 @over_backends(OP)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@over_dtypes
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("whole", [True, False])
 def test_cases(whole, case, dtype, backend):
@@ -46,6 +54,18 @@ def test_cases(whole, case, dtype, backend):
 def test_layouts(layout, backend):
     made = LAYOUTS[layout]
     check(backend, lambda s: of_tensors(made, given(CASES[1], Source(s, torch.float32), True)))
+
+
+@over_backends(OP)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("at", range(6))
+def test_what_is_not_finite_comes_out(at, dtype, backend):
+    def make(seed):
+        made = given(CASES[3], Source(seed, dtype), True)
+        made[at].view(-1)[made[at].numel() // 2] = NOT_FINITE[seed]
+        return of_tensors(channels_last, made)
+
+    check(backend, make)
 
 
 @over_backends(OP)

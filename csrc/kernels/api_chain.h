@@ -72,6 +72,16 @@ struct BnBackwardConvWgradArgs {
   const void* center;
 };
 
+// Of a 1x1 convolution behind whose output `out` there is a relu: g = out <= 0 ? 0 : conv.grad,
+// stored, its sum by channels, and bn_backward_conv_wgrad of it as it is.
+struct ReluBackwardConvWgradArgs {
+  ConvWgradArgs conv;
+  const void* center;
+  const void* out;
+  void* g;
+  void* sum_g;
+};
+
 // dx = grad weight + zc matrix + offset + added by pixels, masked: zc is what is read of every
 // stride-th row and column of x [batch, height, width, channels], where all others are; weight
 // is [rows, channels] and matrix [channels, channels], of dtype, offset of the type that is
@@ -94,11 +104,12 @@ struct BnActGramBackwardArgs {
 };
 
 // CPUs have no kernels for them.
-#define FUSED_RESNET_CHAIN_OPS(X)                    \
-  X(bn_act_conv_bn_act, BnActConvBnActArgs)          \
-  X(bn_act_conv_stats, BnActConvStatsArgs)           \
-  X(bn_backward_conv_dgrad, BnBackwardConvDgradArgs) \
-  X(bn_backward_conv_wgrad, BnBackwardConvWgradArgs) \
+#define FUSED_RESNET_CHAIN_OPS(X)                        \
+  X(bn_act_conv_bn_act, BnActConvBnActArgs)              \
+  X(bn_act_conv_stats, BnActConvStatsArgs)               \
+  X(bn_backward_conv_dgrad, BnBackwardConvDgradArgs)     \
+  X(bn_backward_conv_wgrad, BnBackwardConvWgradArgs)     \
+  X(relu_backward_conv_wgrad, ReluBackwardConvWgradArgs) \
   X(bn_act_gram_backward, BnActGramBackwardArgs)
 
 namespace cuda {

@@ -86,6 +86,7 @@ void implement_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("bn_act_conv_bn_act", TORCH_BOX(&bn_act_conv_bn_act<Device>));
   library.impl("bn_backward_conv_dgrad", TORCH_BOX(&bn_backward_conv_dgrad<Device>));
   library.impl("bn_backward_conv_wgrad", TORCH_BOX(&bn_backward_conv_wgrad<Device>));
+  library.impl("relu_backward_conv_wgrad", TORCH_BOX(&relu_backward_conv_wgrad<Device>));
   library.impl("bn_act_gram_backward", TORCH_BOX(&bn_act_gram_backward<Device>));
   library.impl("chain_forward", TORCH_BOX(&chain_forward<Device>));
   library.impl("chain_backward", TORCH_BOX(&chain_backward<Device>));

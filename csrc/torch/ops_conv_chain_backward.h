@@ -92,6 +92,34 @@ Tensor bn_backward_conv_wgrad(Tensor grad, MaybeTensor y, MaybeTensor a, MaybeTe
 }
 
 template <class Device>
+std::tuple<Tensor, Tensor, Tensor> relu_backward_conv_wgrad(Tensor grad, Tensor out, Tensor x,
+                                                            MaybeTensor scale, MaybeTensor shift,
+                                                            MaybeTensor center, std::string act,
+                                                            bool tf32) {
+  constexpr const char* kOp = "relu_backward_conv_wgrad";
+  check_dim(kOp, "grad", grad, 4);
+  dtype_of(kOp, "grad", grad);
+  check_like_grad(kOp, "out", out, grad);
+  check_sizes(kOp, "out", out, sizes_of(grad));
+  check_dim(kOp, "x", x, 4);
+  ReluBackwardConvWgradArgs args{};
+  args.center = channel_vector(kOp, "center", center, x);
+  const bool channels_last = suggests_channels_last(grad);
+  ConvWgradTensors in{grad, x, scale, shift};
+  args.conv = in.describe(kOp, act, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1);
+  args.conv.tf32 = tf32;
+  out = in_format(out, true);
+  args.out = out.const_data_ptr();
+  Tensor g = new_output(grad, sizes_of(grad), true);
+  Tensor sum_g = new_vector(grad, grad.size(1), accumulation_type(grad.scalar_type()));
+  Tensor dw = in.output(args.conv);
+  args.g = g.mutable_data_ptr();
+  args.sum_g = sum_g.mutable_data_ptr();
+  check_status(kOp, Device(g).launch(args));
+  return {channels_last ? g : in_format(g, false), sum_g, dw};
+}
+
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor> bn_act_gram_backward(
     Tensor grad, Tensor weight, Tensor x, MaybeTensor scale, MaybeTensor shift, Tensor center,
     std::string act, Tensor matrix, Tensor offset, MaybeTensor added, MaybeTensor mean,

@@ -130,7 +130,7 @@ inline constexpr const char* kOps[] = {
     " -> (Tensor dx, Tensor sum_g, Tensor sum_gx)",
 
     "relu_backward_conv_wgrad(Tensor grad, Tensor out, Tensor x, Tensor? scale, Tensor? shift,"
-    " Tensor? center, str act) -> (Tensor g, Tensor sum_g, Tensor dw)",
+    " Tensor? center, str act, bool tf32=False) -> (Tensor g, Tensor sum_g, Tensor dw)",
 };
 
 inline void declare(torch::stable::detail::StableLibrary& library) {

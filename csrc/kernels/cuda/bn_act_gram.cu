@@ -120,7 +120,7 @@ class GramOperands {
     if (!diagonal_) rows_.fetch(c_, stage, slot, sources);
     columns_.fetch(c_, stage + B::kRowsBytes, slot, sources);
   }
-  __device__ __forceinline__ void arrive(unsigned char* stage, int slot) {
+  __device__ __forceinline__ void arrive(unsigned char* stage, int slot, int64_t) {
     unsigned char* const rest = splits() ? shared_.rest[slot % 2] : nullptr;
     Wide<A, n> unused = {};
     if (!diagonal_) rows_.arrive(stage, slot, off_center_, rest, unused);
@@ -160,10 +160,7 @@ class GramOperands {
   }
   // The sum over all pixels of a column, where all threads have passed a barrier.
   __device__ __forceinline__ double total(int column) const {
-    double sum = 0;
-    for (int i = 0; i < Staged::kApart; ++i)
-      sum += shared_.totals[column % n][i * Staged::kUnits + column / n];
-    return sum;
+    return Staged::total(shared_.totals, column);
   }
 
  private:

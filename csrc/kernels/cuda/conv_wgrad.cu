@@ -44,7 +44,7 @@ struct WgradOperands {
       return input_at(c, x, s.in, s.h, s.w, k);
     });
   }
-  __device__ __forceinline__ void arrive(unsigned char* stage, int slot) const {
+  __device__ __forceinline__ void arrive(unsigned char* stage, int slot, int64_t) const {
     if (!normalise.changes()) return;
     const auto normal = normalise.from(Columns::first_value());
     columns.each(stage + B::kRowsBytes, slot, [&](auto& v, const auto& inside, int) {
@@ -56,6 +56,7 @@ struct WgradOperands {
   __device__ __forceinline__ void multiply(const unsigned char* stage, int) {
     sums.template multiply_by_depth<B::kDepth>(stage, stage + B::kRowsBytes);
   }
+  __device__ __forceinline__ void finish(int) const {}
 };
 
 }  // namespace

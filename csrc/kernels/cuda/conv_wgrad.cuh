@@ -8,8 +8,8 @@
 namespace fused_resnet::cuda {
 
 // Operands<B> bring and multiply the stages of sum_over_pixels: rows are channels of grad, columns
-// the depth of the convolution. They have Operands<B>::Given, what they read beside c.x, and
-// Operands<B>::Shared, memory of the block.
+// the depth of the convolution. They have Operands<B>::Given, what they read beside c.x,
+// Operands<B>::Shared, memory of the block, and finish(first row), called in the end.
 template <class B, template <class> class Operands>
 __global__ void __launch_bounds__(B::kThreads, B::kAtOnce)
     conv_wgrad_kernel(const __grid_constant__ Conv c,
@@ -34,15 +34,23 @@ __global__ void __launch_bounds__(B::kThreads, B::kAtOnce)
     for (int k = 0; k < B::Sums::kWidth; ++k)
       if (row < rows && column + k < columns) to[int64_t{row} * columns + column + k] = v.at[k];
   });
+  operands.finish(first_row);
 }
 
-template <class A>
-__global__ void __launch_bounds__(SplitSums<A>::kThreads)
-    conv_wgrad_finish_kernel(const A* sums_of_splits, int splits, A* dw, int64_t size) {
-  FR_SHARED(SplitSums<A>, sums);
-  sums.add(
+template <class Part, class A>
+__global__ void __launch_bounds__(SplitSums<Part>::kThreads)
+    conv_wgrad_finish_kernel(const Part* sums_of_splits, int splits, A* sums, int64_t size) {
+  FR_SHARED(SplitSums<Part>, shares);
+  shares.add(
       size, splits, [&](int split, int64_t i) { return sums_of_splits[split * size + i]; },
-      [&](int64_t i, A sum) { dw[i] = sum; });
+      [&](int64_t i, Part sum) { sums[i] = static_cast<A>(sum); });
+}
+
+// Adds up, in order, what splits have left of `size` values.
+template <class Part, class A>
+Status add_splits(const Part* sums_of_splits, int splits, A* sums, int64_t size, void* stream) {
+  return launch(conv_wgrad_finish_kernel<Part, A>, SplitSums<Part>::blocks(size),
+                SplitSums<Part>::kThreads, 0, stream, sums_of_splits, splits, sums, size);
 }
 
 struct WgradJob {
@@ -89,9 +97,7 @@ Status launch_wgrad(const WgradJob& job, const typename Operands<B>::Given& give
       launch(conv_wgrad_kernel<B, Operands>, dim3(static_cast<unsigned>(tiles), splits),
              B::kThreads, kShared, place.stream, c, given, job.plan.split_pixels, sums);
   if (status != Status::ok || splits == 1) return status;
-  return launch(conv_wgrad_finish_kernel<A>, SplitSums<A>::blocks(job.size()),
-                SplitSums<A>::kThreads, 0, place.stream, static_cast<const A*>(sums), splits, dw,
-                job.size());
+  return add_splits<A>(sums, splits, dw, job.size(), place.stream);
 }
 
 // Calls f with the block of a job, which is `widened` or not.

@@ -45,6 +45,15 @@ class StagedOperand {
   static __device__ __forceinline__ int first_value() { return threadIdx.x % kUnits * n; }
   static __device__ __forceinline__ int first_pixel() { return threadIdx.x / kUnits; }
 
+  // The sum of value `i` over the pixels, of which each thread has added up those that it fetches,
+  // for each of its n values. All have passed a barrier.
+  template <class A>
+  static __device__ __forceinline__ double total(const A (&totals)[n][B::kThreads], int i) {
+    double sum = 0;
+    for (int thread = i / n; thread < B::kThreads; thread += kUnits) sum += totals[i % n][thread];
+    return sum;
+  }
+
   // From `at`, the thread's first value, on. Where element(pixel, position) is null there are
   // zeros; of wide loads, the first position stands for all n.
   template <class Position, class Element>
@@ -159,8 +168,8 @@ class Normalise {
 
 // Adds the products of the pixels from `first` to `end`, of which only the last stage may be
 // partial. operands.fetch(stage, slot, sources, first pixel) starts the copies of a stage, which
-// operands.arrive(stage, slot) finds landed, and operands.multiply(stage, slot) finds changed by
-// all. All threads have passed a barrier in between.
+// operands.arrive(stage, slot, first pixel) finds landed, and operands.multiply(stage, slot) finds
+// changed by all. All threads have passed a barrier in between.
 template <class B, class Operands>
 __device__ __forceinline__ void sum_over_pixels(const Conv& c, int64_t first, int64_t end,
                                                 unsigned char* memory, Operands& operands) {
@@ -179,7 +188,7 @@ __device__ __forceinline__ void sum_over_pixels(const Conv& c, int64_t first, in
   int slot = 0;
   for (int64_t from = first; from < end; from += B::kDepth, slot = (slot + 1) % B::kStages) {
     cp_async_wait<B::kStages - 2>();
-    operands.arrive(stage(slot), slot);
+    operands.arrive(stage(slot), slot, from);
     __syncthreads();  // the stage is changed, and all have left the one before
     fetch(from + (B::kStages - 1) * B::kDepth, (slot + B::kStages - 1) % B::kStages);
     if (mine / B::kDepth == slot) {

@@ -24,6 +24,7 @@ int64_t workspace_bytes(const BnActConvBnActArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActConvStatsArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnBackwardConvDgradArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnBackwardConvWgradArgs& args, const Gpu& gpu);
+int64_t workspace_bytes(const ReluBackwardConvWgradArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActGramBackwardArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActMaxpoolBackwardReduceArgs& args, const Gpu& gpu);
 int64_t workspace_bytes(const BnActMaxpoolBackwardArgs& args, const Gpu& gpu);
