@@ -112,11 +112,11 @@ def measure(args: argparse.Namespace) -> int:
     for name, why in content["absent"].items():
         print(f"not measured: {name}: {why}")
     for row in content["skipped"]:
-        print(f"SKIPPED {row['case']}: {row['why']}")
-    failed = [r for r in content["results"] if r["kind"] == OURS and not r["within"]]
-    for r in failed:
+        print(f"{'FAILED' if row['failed'] else 'SKIPPED'} {row['case']}: {row['why']}")
+    wrong = [r for r in content["results"] if r["kind"] == OURS and not r["within"]]
+    for r in wrong:
         print(f"FAILED {r['case']}: {r['variant']}: {r['why_not']}")
-    return 1 if failed else 0
+    return 1 if wrong or any(row["failed"] for row in content["skipped"]) else 0
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -1,9 +1,7 @@
 """python -m bench report FILES: results as one HTML page with charts, which needs no network."""
 
 import argparse
-import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +45,12 @@ def best(rows: list[Row]) -> Best | None:
     return Best(rows[0]["case"], *texts, ours["speedup"]["median"], ratio)
 
 
-def _by(rows: list[Row], key: str) -> Iterator[tuple[str, list[Row]]]:
-    for name, several in itertools.groupby(rows, lambda row: row[key]):
-        yield name, list(several)
+def _by(rows: list[Row], key: str) -> list[tuple[str, list[Row]]]:
+    """Rows of the same ``key`` together: a run may come back to a network."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return list(found.items())
 
 
 def missing(rows: list[Row]) -> list[tuple[str, str, str, str]]:

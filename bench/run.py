@@ -142,8 +142,8 @@ class Progress:
         self.content["results"] += rows
         self._write()
 
-    def skip(self, case: str, why: str) -> None:
-        self.content["skipped"].append({"case": case, "why": why})
+    def skip(self, case: str, why: str, failed: bool) -> None:
+        self.content["skipped"].append({"case": case, "why": why, "failed": failed})
         self._write()
 
     def _write(self) -> None:
@@ -163,10 +163,14 @@ def cap_of(args: argparse.Namespace) -> float | None:
 def attempt(
     case: Case, pace: Pace, args: argparse.Namespace, progress: Progress, tick: Tick
 ) -> list[dict[str, Any]]:
-    """A case's results; none where it takes more memory or time than there is, which is noted."""
+    """A case's results; none where it takes more memory or time than there is, which is noted.
+
+    So is with --full what raises, or no later run would get past it.
+    """
     there = machine.available_memory(args.device)
     why = f"needs about {1e-9 * case.memory:.1f} GB of memory, {1e-9 * there:.1f} are there"
     rows: list[dict[str, Any]] = []
+    failed = False
     if case.memory <= there:
         try:
             with at_most(cap_of(args), "it was not done", Overtime):
@@ -175,10 +179,14 @@ def attempt(
             why = str(error)
         except torch.OutOfMemoryError as error:
             why = str(error).splitlines()[0]
+        except Exception as error:
+            if not args.full:
+                raise
+            why, failed = f"{type(error).__name__}: {error}".splitlines()[0], True
     if rows:
         progress.add(rows)
     else:
-        progress.skip(case.name, why)
+        progress.skip(case.name, why, failed)
     return rows
 
 

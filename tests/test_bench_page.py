@@ -106,6 +106,20 @@ def test_in_short():
     assert section(leave_eager)["best"] == []
 
 
+def test_a_network_that_comes_again_is_drawn_once():
+    def mix(rows):
+        for row in list(rows[: len(rows) // 2]):
+            other = {"what": "train/resnet18", "case": "train/resnet18/b8/fp32"}
+            rows.insert(len(rows) // 2, row | other)
+
+    titles = [title for title, _ in section(mix)["charts"]]
+    assert titles[:3] == [
+        "Throughput of train/resnet50",
+        "Throughput of train/resnet18",
+        "Memory of training",
+    ]
+
+
 def test_nothing_but_eager():
     def leave_eager(rows):
         rows[:] = [row for row in rows if row["kind"] == "eager"]

@@ -138,6 +138,23 @@ def test_what_needs_too_much_is_skipped_by_name(tmp_path, monkeypatch, capsys):
     assert "needs about 3.0 GB" in (tmp_path / "x.html").read_text()
 
 
+def test_what_fails_does_not_stop_everything(tmp_path, monkeypatch, capsys):
+    """With --full; elsewhere it does."""
+    output = tmp_path / "full.json"
+    fake = Cases(monkeypatch)
+
+    def fail():
+        raise ValueError("no such\nthing")
+
+    fake.doing["resnet50"] = fail
+    for made in (NAMES, []):
+        assert fake.run(output) == 1
+        assert fake.made == made
+        assert "FAILED resnet50/b1/fp32: ValueError: no such\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no such"):
+        bench.main(["--output", str(tmp_path / "x.json"), "--seconds", "0"])
+
+
 def test_time_limits_within_each_other():
     """The outer one ends a peer's preparation without passing for its failure."""
 
