@@ -47,7 +47,7 @@ def terminal(rows: list[Row]):
     cells_of = [figures(row) for row in rows]
     titles = [title for title in cells_of[0] if any(cells[title] for cells in cells_of)]
     made = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    made.add_column("")
+    made.add_column("", no_wrap=True)
     for title in titles:
         made.add_column(title, justify="right")
     for case, several in groupby(zip(rows, cells_of, strict=True), lambda pair: pair[0]["case"]):
@@ -73,8 +73,7 @@ def figures(row: Row) -> dict[str, str]:
         "of floor": share_of_floor(row),
         "vs eager": ratio(row["speedup"]),
         "vs best peer": ratio(row["to_peer"]),
-        "cold start": _start(row, "prepare_seconds"),
-        "first call": _start(row, "first_call_seconds"),
+        "start (first call)": _start(row),
         "mean error": _error(row["error"]["mean"]) if row["error"] else "",
         "max error": _error(row["error"]["max"]) if row["error"] else "",
         "kept": _megabytes(row.get("kept")),
@@ -82,10 +81,13 @@ def figures(row: Row) -> dict[str, str]:
     }
 
 
-def _start(row: Row, what: str) -> str:
-    """Seconds of a network's start, which older results do not have all of."""
-    seconds = row.get(what)
-    return "" if seconds is None or not is_network(row) else f"{seconds:.1f} s"
+def _start(row: Row) -> str:
+    """How long a network takes to its first output, and of that the first call, in which some
+    compile; older results do not have that."""
+    start, first = row["prepare_seconds"], row.get("first_call_seconds")
+    if start is None or not is_network(row):
+        return ""
+    return f"{start:.1f} s" if first is None else f"{start:.1f} s ({first:.1f})"
 
 
 def _megabytes(value: int | None) -> str:

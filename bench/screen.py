@@ -51,7 +51,7 @@ class Rich:
 
         console = Console()
         if not console.is_terminal:
-            console = Console(width=140)
+            console = Console(width=180)
         columns = (TextColumn("{task.description:<64}"), BarColumn(), MofNCompleteColumn())
         self.bar = Progress(*columns, TimeElapsedColumn(), console=console)
         self.task = self.bar.add_task("", total=cases)

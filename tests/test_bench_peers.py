@@ -125,6 +125,7 @@ def test_the_first_call_is_part_of_the_start():
     assert result.first_call_seconds >= 0.03
     assert result.prepare_seconds >= result.first_call_seconds + 0.01
     row = {"bytes": None, "prepare_seconds": 21.04, "first_call_seconds": 20.0}
-    assert report._start(row, "prepare_seconds") == "21.0 s"
-    assert report._start({"bytes": None}, "first_call_seconds") == ""
-    assert report._start({**row, "bytes": 8}, "prepare_seconds") == ""
+    assert report._start(row) == "21.0 s (20.0)"
+    assert report._start({**row, "first_call_seconds": None}) == "21.0 s"
+    assert report._start({**row, "prepare_seconds": None}) == ""
+    assert report._start({**row, "bytes": 8}) == ""
