@@ -58,7 +58,7 @@ class Report(list[Entry]):
         return "\n".join([*lines, self.summary])
 
 
-def _check_model(op: str, model: nn.Module) -> None:
+def check_model(op: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     # Looked up by name: a class whose module was never imported has no instances.
@@ -103,7 +103,8 @@ def _refused(model: nn.Module) -> dict[nn.Module, str]:
 
 def _as_twin(m: nn.Module) -> Fused | None:
     """A view of ``m`` as its fused twin, if there is one; ``m`` itself is not changed."""
-    if isinstance(m, Fused) and (isinstance(m, Proved) or type(m) in _originals()):
+    originals = _originals()
+    if isinstance(m, Fused) and (isinstance(m, Proved) or type(m) in originals):
         return m
     if type(m) in TWINS:
         view: Any = object.__new__(TWINS[type(m)])
@@ -203,7 +204,7 @@ def fuse(model: M, *, strict: bool = False, memory: str = "auto") -> M:
         ValueError: an unknown ``memory``.
         RuntimeError: ``model`` is compiled, scripted or wrapped; ``strict``, and a pair is unfused.
     """
-    _check_model("fuse", model)
+    check_model("fuse", model)
     if memory not in MEMORY:
         raise ValueError(f"fuse: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     for m in model.modules():  # what has been changed since is looked at anew
@@ -224,7 +225,7 @@ def fuse(model: M, *, strict: bool = False, memory: str = "auto") -> M:
 
 def unfuse(model: M) -> M:
     """Undo :func:`fuse`, in place: every module gets its own class back. Returns ``model``."""
-    _check_model("unfuse", model)
+    check_model("unfuse", model)
     originals = _originals()
     for m in model.modules():
         if isinstance(m, Proved) or type(m) in originals:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .blocks import Fused, Group, Pair
 from .conditions import pair_obstacle, plain, uses_batch_statistics
-from .convert import fuse, unfuse
+from .convert import check_model, fuse, unfuse
 from .frozen_conv import FrozenConv
 
 
@@ -88,6 +88,7 @@ def _freeze_block(m: Fused, path: str, make: MakeLayer, dtype: torch.dtype) -> N
 
 def frozen_copy(op: str, model: nn.Module, dtype: torch.dtype | None, make: MakeLayer) -> Frozen:
     """A copy in which each pair that can be fused is the layer ``make`` made of it; not tuned."""
+    check_model(op, model)
     frozen_model = fuse(copy.deepcopy(model).eval())
     tensors = [*model.parameters(), *model.buffers()]
     devices = {t.device for t in tensors if t.dtype.is_floating_point}
