@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import engines, measure, reference, vendor
+from .conditions import params_of
 from .modules import geometry_of, pair_scale_shift
 from .native import below_autograd
 from .reference import accumulation_dtype
@@ -62,6 +63,16 @@ def _fold(weight: Tensor, scale: Tensor) -> Tensor | None:
     return folded if bool((error <= FOLD_BOUND * exact.abs().amax((1, 2, 3))).all()) else None
 
 
+def pair_in_steps(conv: nn.Conv2d, bn: Any, x: Tensor, act: str, residual: Tensor | None) -> Tensor:
+    """``act(bn(conv(x)) + residual)`` as eager torch computes it, in the type of x."""
+    tensors = (None if t is None else t.detach().to(x.dtype) for t in params_of(conv, bn))
+    weight, bias, gamma, beta, mean, var = tensors
+    y = F.conv2d(x, weight, bias, *geometry_of(conv))  # type: ignore[arg-type]
+    y = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, bn.eps)
+    y = y if residual is None else y + residual.to(x.dtype)
+    return F.relu(y) if act == "relu" else y
+
+
 class FrozenConv(nn.Module):
     """A convolution and its BatchNorm with constant weights: ``act(conv(x) * scale + shift + r)``.
 
@@ -103,6 +114,15 @@ class FrozenConv(nn.Module):
         weight = (weight if folded is None else folded).clone(memory_format=torch.channels_last)
         kept = scale if folded is None else None
         return cls(weight, kept, live_shift.to(scale.dtype), geometry_of(conv))
+
+    def unfold(self, conv: nn.Conv2d, bn: nn.Module) -> None:
+        """Take the scale out of the weight again: of the modules that this layer was made of."""
+        scale, _ = pair_scale_shift(conv, bn)
+        self.weight = conv.weight.detach().to(
+            self.weight, memory_format=torch.channels_last, copy=True
+        )
+        self.scale = scale.to(self.shift.dtype)
+        self.forget()
 
     @classmethod
     def empty(cls, conv: nn.Conv2d, folded: bool, dtype: torch.dtype) -> "FrozenConv":

@@ -16,10 +16,13 @@ from .freeze import Frozen, frozen_copy
 from .frozen_conv import FrozenConv, can_run, untuned
 
 #: Of what is in a file: raised when a reader of the last could not make sense of the next.
-FORMAT = 1
+FORMAT = 2
 
 #: Where the description is among the file's metadata.
 _KEY = "fused_resnet"
+
+#: What a frozen model tells about itself.
+_REPORTS = ("errors", "layer_errors", "unfolded", "failed")
 
 #: How many names a message lists.
 _SHOWN = 5
@@ -71,8 +74,7 @@ def save_frozen(frozen: Frozen, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "version": __version__,
         "dtype": str(frozen.dtype).removeprefix("torch."),
-        "errors": frozen.errors,
-        "failed": frozen.failed,
+        **{key: getattr(frozen, key) for key in _REPORTS},
         "layers": {
             where: {**_computes(layer, p), "folded": layer.folded, "engine": layer.engine}
             for where, layer, p in _layers(frozen.model)
@@ -141,7 +143,8 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module) -> Frozen:
         here = can_run(engine, frozen.device, frozen.dtype)
         layer.engine = engine if here else untuned(frozen.device, frozen.dtype)
         layer.failed = described["failed"].get(where, {})
-    frozen.errors, frozen.failed = described["errors"], described["failed"]
+    for key in _REPORTS:
+        setattr(frozen, key, described[key])
     return frozen
 
 
@@ -177,7 +180,7 @@ def _description(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict
             raise TypeError(f"dtype {described['dtype']}")
         for layer in described["layers"].values():
             layer["folded"], layer["engine"] = bool(layer["folded"]), str(layer["engine"])
-        for key in ("errors", "failed"):
+        for key in _REPORTS:
             described[key] = dict(described[key])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RuntimeError(f"{path}: its description is damaged: {error!r}") from error

@@ -121,6 +121,8 @@ def run_freeze(args: argparse.Namespace) -> int:
         print(f"{args.model} is NOT TRAINED: --weights was not given")
     for name, found in frozen.errors.items():
         print(f"{name:<6}  mean error {found['mean']:.1e}, max {found['max']:.1e}")
+    for layer, why in frozen.unfolded.items():
+        print(f"{layer} is not folded: {why}")
     print(_fused(args.model, network.model).summary)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {args.dtype}")
     return 0

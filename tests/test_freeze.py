@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import fused_resnet
-from fused_resnet import vendor
+from fused_resnet import measure, vendor
 from fused_resnet.frozen_conv import FOLD_BOUND, FrozenConv
 
 
@@ -200,11 +200,52 @@ def test_fold_bound(weight, gamma, folded, engine):
     (layer,) = frozen_layers(frozen)
     assert layer.folded == folded
     assert f"folded={folded}" in repr(frozen)
+    assert bool(frozen.unfolded) != folded
     with torch.no_grad():
         ours, theirs, exact = frozen(x), source(x), double(source, x)
     for channel in (slice(3), slice(3, 4), slice(4, 8)):
         judge([ours[:, channel]], [theirs[:, channel]], [exact[:, channel]])
     assert 0 < FOLD_BOUND < 1e-6
+
+
+def hurt_by_folding():
+    """The channel's other weight is so large that what folding does to this one is in the bound."""
+    source = nn.Sequential(nn.Conv2d(2, 1, 1, bias=False), nn.BatchNorm2d(1), nn.ReLU()).eval()
+    with torch.no_grad():
+        source[0].weight.copy_(torch.tensor([1, 1.7e-30]).view(1, 2, 1, 1))
+        source[1].weight.fill_(1.3e-12)
+    return source, torch.rand(2, 2, 6, 6) * torch.tensor([0, 1e30]).view(2, 1, 1)
+
+
+def test_a_layer_that_folding_hurts(tmp_path):
+    """It keeps its scale apart, is as near to float64 as eager torch then, and is named."""
+    source, x = hurt_by_folding()
+    source = source.extend([nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2).eval()])
+    frozen = fused_resnet.freeze(source, example=x)
+    assert [m.folded for m in frozen_layers(frozen)] == [False, True]
+    assert frozen.layer_errors.keys() == {"0", "3"}
+    assert frozen.unfolded.keys() == {"0"}
+    assert "error is" in frozen.unfolded["0"]
+    assert "folded=False" in repr(frozen)
+    judge([frozen(x)], [source(x)], [double(source, x)])
+    fused_resnet.save_frozen(frozen, tmp_path / "file")
+    again = fused_resnet.load_frozen(tmp_path / "file", source)
+    assert (again.unfolded, again.layer_errors) == (frozen.unfolded, frozen.layer_errors)
+    assert torch.equal(again(x), frozen(x))
+    with torch.no_grad():
+        forced = FrozenConv.of(source[0], source[1], torch.float32)
+    assert forced.folded
+    with torch.no_grad(), pytest.raises(AssertionError, match="error"):
+        judge([forced(x, "relu")], [source[:3](x)], [double(source[:3], x)])
+
+
+def test_no_layer_is_further_from_float64_than_the_rule_allows(frozen):
+    assert len(frozen.layer_errors) == len(frozen_layers(frozen))
+    for found in frozen.layer_errors.values():
+        own, eager = (measure.Error(**found[way]) for way in ("frozen", "eager"))
+        assert 0 < own.mean <= own.max
+        assert measure.within(own, eager)
+    assert not frozen.unfolded
 
 
 def test_half_is_not_folded():
