@@ -74,7 +74,9 @@ def pair_obstacle(conv: Any, bn: Any, norms: Iterable[type] = BATCH_NORMS) -> st
         return f"conv: padding_mode is {conv.padding_mode!r}"
     if not isinstance(conv.padding, tuple):
         return f"conv: padding is {conv.padding!r}"
-    weight, _, _, _, mean, var = params_of(conv, bn)
+    weight, _, gamma, _, mean, var = params_of(conv, bn)
+    if (norm := gamma if mean is None else mean) is not None and norm.device != weight.device:
+        return f"conv and bn are {apart((weight, norm))}"
     if type(weight) is not nn.Parameter and hasattr(weight, "placements"):
         return "parameters are sharded"
     if (mean is None) != (var is None):
@@ -83,6 +85,12 @@ def pair_obstacle(conv: Any, bn: Any, norms: Iterable[type] = BATCH_NORMS) -> st
     if channels != conv.out_channels:
         return "bn: it has another number of channels than conv"
     return None
+
+
+def apart(tensors: Iterable[Tensor]) -> str | None:
+    """Where tensors are, if that is not one device."""
+    devices = sorted({str(t.device) for t in tensors})
+    return f"on different devices: {', '.join(devices)}" if len(devices) > 1 else None
 
 
 def norm_takes(norm: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
@@ -96,12 +104,12 @@ def _tensor_obstacle(
     tensors: Params, x: Tensor, device: torch.device, autocast: torch.dtype | None
 ) -> str | None:
     """Types torch refuses, or computes with another meaning, and devices are left to torch."""
-    weight, mean = tensors.weight, tensors.running_mean
+    weight = tensors.weight
     if autocast is None and weight.dtype != x.dtype:
         return "input and weight differ in dtype"
     if not norm_takes(tensors[2:], autocast or x.dtype):
         return "bn and activations differ in dtype"
-    if weight.device != device or (mean is not None and mean.device != device):
+    if weight.device != device:
         return "tensors are on different devices"
     return None
 

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from . import heads  # noqa: F401 (adds its classes to TWINS)
 from .blocks import TWINS, Fused
-from .conditions import BATCH_NORMS, pair_obstacle, plain
+from .conditions import BATCH_NORMS, apart, pair_obstacle, plain
 from .forward_source import UnprovableError
 from .plan import MEMORY
 from .proved import Proved, may_have_twin, twin_of
@@ -140,6 +140,7 @@ def _entries(model: nn.Module) -> Report:
     for path, _, twin in _candidates(model):
         for pairs, skipped in twin.fused_groups():
             overridden = twin.static_obstacle()
+            together = apart(p for pair in pairs for p in twin.get(pair.conv).parameters())
             for other, kind in skipped:
                 if overridden is None and (reason := plain(other, (kind,))) is not None:
                     overridden = f"the block's {kind.__name__}: {reason}"
@@ -148,7 +149,7 @@ def _entries(model: nn.Module) -> Report:
                 if (conv, bn) in seen:  # a block and its own Sequential both run it
                     continue
                 seen.add((conv, bn))
-                reason = overridden or pair_obstacle(conv, bn, twin.norms)
+                reason = overridden or pair_obstacle(conv, bn, twin.norms) or together
                 report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
     refused = _refused(model)
     for path, m in model.named_modules():

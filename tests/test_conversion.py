@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import double, runs_fused, same
 from tolerances import judge
-from torch import nn
+from torch import nn, optim
 from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock
 
@@ -190,6 +190,67 @@ def test_live_parameters(change):
         judge([y], [plain(x)], [double(model, x)])
     if change is not CHANGES["channels_last"]:
         assert not torch.equal(y, before)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: optim.SGD(p, 0.1, momentum=0.9, nesterov=True, foreach=False),
+    "SGD foreach": lambda p: optim.SGD(p, 0.1, momentum=0.9, foreach=True),
+    "SGD fused": lambda p: optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "Adam": lambda p: optim.Adam(p, 0.1, foreach=False),
+    "Adam fused": lambda p: optim.Adam(p, 0.1, fused=True),
+    "AdamW foreach": lambda p: optim.AdamW(p, 0.1, foreach=True),
+    "AdamW fused": lambda p: optim.AdamW(p, 0.1, fused=True),
+    "Adagrad": lambda p: optim.Adagrad(p, 0.1),
+    "Adagrad fused": lambda p: optim.Adagrad(p, 0.1, fused=True),
+    "Adadelta": lambda p: optim.Adadelta(p, 10.0),
+    "Adamax": lambda p: optim.Adamax(p, 0.1),
+    "ASGD": lambda p: optim.ASGD(p, 0.1),
+    "LBFGS": lambda p: optim.LBFGS(p, 0.1, max_iter=3),
+    "NAdam": lambda p: optim.NAdam(p, 0.1),
+    "RAdam": lambda p: optim.RAdam(p, 0.1),
+    "RMSprop": lambda p: optim.RMSprop(p, 0.01, momentum=0.5),
+    "Rprop": lambda p: optim.Rprop(p, 0.01),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_optimizer(make):
+    """However it writes to parameters: evaluations and steps after a step are of what it left."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(conv(bias=False), bn(), nn.ReLU(), BasicBlock(CHANNELS, CHANNELS))
+    plain.append(nn.Tanh()).double()
+    x, found = image().double(), []
+    for m in (fused_resnet.fuse(copy.deepcopy(plain)), plain):
+        optimizer, outputs = make(m.parameters()), []
+
+        def loss(m=m, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = (m.train()(x) - 0.3).pow(2).mean()
+            value.backward()
+            return value
+
+        for _ in range(3):
+            optimizer.step(loss)
+            with torch.no_grad():
+                outputs.append(m.eval()(x))
+                assert runs_fused(m, x) == (m is not plain)
+        assert not torch.equal(*outputs[-2:])
+        found.append(outputs)
+    judge(*found, found[1])
+
+
+@pytest.mark.parametrize("away", ["0", "1", "3.conv2"])
+def test_devices_that_differ(away):
+    """They cannot run as one."""
+    model = nn.Sequential(conv(), bn(), nn.ReLU(), BasicBlock(CHANNELS, CHANNELS)).eval()
+    model.get_submodule(away).to("meta")
+    entries = fused_resnet.report(fused_resnet.fuse(model)).unfused
+    assert [e.conv for e in entries] == (["3.conv1", "3.conv2"] if away[0] == "3" else ["0"])
+    assert all("on different devices: cpu, meta" in e.reason for e in entries)
+    with pytest.raises(RuntimeError, match="on different devices: cpu, meta"):
+        fused_resnet.fuse(model, strict=True)
+    with pytest.raises(RuntimeError, match="one device"):
+        fused_resnet.freeze(model, example=image())
 
 
 def test_hook_added_after_fusing():
