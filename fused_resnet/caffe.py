@@ -30,9 +30,10 @@ def load(
     """A network as Caffe would run it in its TEST phase, in evaluation mode.
 
     Layers: Convolution, BatchNorm, Scale, ReLU, Pooling, Eltwise, InnerProduct, Softmax, Concat,
-    Dropout, Flatten, Split, Input; as ``layer`` or, with the old names, ``layers``. The input's
-    shape in the file gives channels; the network takes any batch, and any image size its
-    InnerProduct layers bear. Call :func:`fused_resnet.fuse` or :func:`fused_resnet.freeze` on it.
+    Dropout, Flatten, Reshape, Split, Input; as ``layer`` or, with the old names, ``layers``. The
+    input's shape in the file gives channels; the network takes any batch, and any image size its
+    InnerProduct and Reshape layers bear. Call :func:`fused_resnet.fuse` or
+    :func:`fused_resnet.freeze` on it.
 
     Args:
         prototxt: a path to the network's definition, a text file.

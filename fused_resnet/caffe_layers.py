@@ -76,6 +76,18 @@ class Concat(nn.Module):
         return torch.cat(inputs, self.axis)
 
 
+class Reshape(nn.Module):
+    """Axes ``start`` to ``end`` as ``dims``: 0 is the input's size there, -1 what is left."""
+
+    def __init__(self, start: int, end: int, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.start, self.end, self.dims = start, end, tuple(dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = [d or x.size(self.start + i) for i, d in enumerate(self.dims)]
+        return x.reshape(*x.shape[: self.start], *dims, *x.shape[self.end :])
+
+
 class Built(NamedTuple):
     """What a layer becomes.
 
@@ -272,6 +284,16 @@ def _flatten(layer: Any, shape: Shape) -> Built:
     return Built(nn.Flatten(_axis(param.axis, shape), _axis(param.end_axis, shape)))
 
 
+def _reshape(layer: Any, shape: Shape) -> Built:
+    param = layer.reshape_param
+    start = param.axis if param.axis >= 0 else len(shape) + param.axis + 1
+    end = len(shape) if param.num_axes == -1 else start + param.num_axes
+    if not 0 <= start <= end <= len(shape):
+        what = f"num_axes {param.num_axes} at axis {param.axis}"
+        raise ValueError(f"{what} does not fit an input of shape {shape}")
+    return Built(Reshape(start, end, param.shape.dim))
+
+
 class LayerType(NamedTuple):
     """What builds a layer of the shapes of its inputs, if it is a module; how many those may be."""
 
@@ -294,6 +316,7 @@ TYPES = {
     "Input": LayerType(None, 0, 0),
     "Pooling": LayerType(_pooling),
     "ReLU": LayerType(_relu),
+    "Reshape": LayerType(_reshape),
     "Scale": LayerType(_scale, 1, 2),
     "Softmax": LayerType(_softmax),
     "Split": LayerType(None),

@@ -82,6 +82,7 @@ message LayerParameter {
   optional PoolingParameter pooling_param = 121;
   optional ReLUParameter relu_param = 123;
   optional SoftmaxParameter softmax_param = 125;
+  optional ReshapeParameter reshape_param = 133;
   optional FlattenParameter flatten_param = 135;
   optional BatchNormParameter batch_norm_param = 139;
   optional ScaleParameter scale_param = 142;
@@ -202,6 +203,12 @@ message ConcatParameter {
   optional uint32 concat_dim = 1 [default = 1];
   optional int32 axis = 2 [default = 1];
 }
+message ReshapeParameter {
+  optional BlobShape shape = 1;
+  optional int32 axis = 2 [default = 0];
+  optional int32 num_axes = 3 [default = -1];
+}
+
 message FlattenParameter {
   optional int32 axis = 1 [default = 1];
   optional int32 end_axis = 2 [default = -1];

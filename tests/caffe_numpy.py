@@ -231,6 +231,15 @@ class Net:
         end = (param["end_axis"] or [-1])[0] % x.ndim + 1
         return x.reshape(*x.shape[:start], -1, *x.shape[end:])
 
+    def reshape(self, layer, x):
+        param = layer["reshape_param"][0]
+        (axis,), (count,) = param["axis"] or [0], param["num_axes"] or [-1]
+        start = axis if axis >= 0 else x.ndim + axis + 1
+        end = x.ndim if count == -1 else start + count
+        dims = param["shape"][0]["dim"]
+        dims = [x.shape[start + i] if dim == 0 else dim for i, dim in enumerate(dims)]
+        return x.reshape(x.shape[:start] + tuple(dims) + x.shape[end:])
+
 
 def varint(n: int) -> bytes:
     low, rest = n & 127, n >> 7

@@ -143,6 +143,7 @@ def test_deeper(tmp_path, depths, pairs):
 CONV = 'type: "Convolution" convolution_param {{ num_output: 8 {} }}'
 POOL = 'type: "Pooling" pooling_param {{ {} }}'
 BN = 'type: "BatchNorm" '
+RESHAPE = 'type: "Reshape" reshape_param {{ {} }}'
 LAYERS = {
     "conv": layer(CONV.format("kernel_size: 3")),
     "conv-sides": layer(CONV.format("kernel_h: 3 kernel_w: 1 pad_h: 1 stride_h: 2 stride_w: 1")),
@@ -181,6 +182,10 @@ LAYERS = {
     "softmax-axis": layer('type: "Softmax" softmax_param { axis: -1 }'),
     "dropout": layer('type: "Dropout" dropout_param { dropout_ratio: 0.3 }'),
     "flatten": layer('type: "Flatten" flatten_param { axis: 2 }'),
+    "reshape": layer(RESHAPE.format("shape { dim: 0 dim: -1 }")),
+    "reshape-axes": layer(RESHAPE.format("shape { dim: 2 dim: 3 } axis: 1 num_axes: 1")),
+    "reshape-copy": layer(RESHAPE.format("shape { dim: -1 dim: 0 } axis: -3 num_axes: 2")),
+    "reshape-behind": layer(RESHAPE.format("shape { dim: 1 } axis: -1")),
     "concat": layer('type: "Concat"', "data data"),
     "concat-axis": layer('type: "Concat" concat_param { axis: -2 }', "data data data"),
     "concat-dim": layer('type: "Concat" concat_param { concat_dim: 2 }', "data data"),

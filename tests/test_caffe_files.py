@@ -163,9 +163,15 @@ def test_names(tmp_path):
 
 LRN = 'layer { name: "norm" type: "LRN" bottom: "fc" top: "n" }\n'
 RELU = 'layer {{ name: "r" type: "ReLU" {} }}\n'
+RESHAPE = RELU.replace("ReLU", "Reshape").replace(
+    "{}", 'bottom: "fc" top: "n" reshape_param {{ {} }}'
+)
 WRONG = {
     "unknown type": (TEXT + LRN, "layer 'norm': type must be one of BatchNorm, .* got 'LRN'"),
     "unknown field": (TEXT + "layer { lrn_param { } }", 'line 14, .* no field named "lrn_param"'),
+    "two sizes left": (TEXT + RESHAPE.format("shape { dim: -1 dim: -1 }"), "Reshape: only one"),
+    "too few values": (TEXT + RESHAPE.format("shape { dim: 0 dim: 7 }"), "Reshape: shape"),
+    "too many axes": (TEXT + RESHAPE.format("num_axes: 9"), "num_axes 9 at axis 0 does not fit"),
     "open bracket": (TEXT + "layer {", "line 14, "),
     "closing bracket": (TEXT.replace("scale_param {", "scale_param"), "line 9, "),
     "enum": (OLD.replace("RELU", "RELOO"), "line 6, .* no value named RELOO"),
