@@ -198,10 +198,11 @@ def same(plain: nn.Module, *inputs: Tensor) -> nn.Module:
         with torch.no_grad():
             results += tree_leaves(m.eval()(*(x.clone() for x in inputs)))
         # As one: a bias before a BatchNorm has no gradient but rounding.
-        grads = [p.grad.flatten() for p in m.parameters() if p.grad is not None]
-        grads = torch.cat([inputs[0].new_zeros(1), *grads])
-        statistics = torch.cat([b.flatten() for b in m.buffers() if b.is_floating_point()])
-        found.append([*results, *(x.grad for x in own), grads, statistics])
+        grads = [p.grad for p in m.parameters() if p.grad is not None]
+        statistics = [b for b in m.buffers() if b.is_floating_point()]
+        nothing = inputs[0].new_zeros(1)  # where there is none of them
+        joined = (torch.cat([nothing, *(t.flatten() for t in ts)]) for ts in (grads, statistics))
+        found.append([*results, *(x.grad for x in own), *joined])
     judge(*found, found[1])
     return model
 
