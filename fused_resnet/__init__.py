@@ -14,6 +14,8 @@ from .freeze import freeze
 from .frozen_file import load_frozen, save_frozen
 from .modules import AddAct, BatchNormAct2d, ConvBNAct2d
 from .sync_batch_norm import SyncBatchNorm
+from .tune import tune
+from .tuning import use_tuning
 
 __all__ = [
     "AddAct",
@@ -32,6 +34,8 @@ __all__ = [
     "models",
     "report",
     "save_frozen",
+    "tune",
     "unfuse",
     "use_engine",
+    "use_tuning",
 ]

@@ -17,7 +17,7 @@ from torch.nn.modules.utils import _pair
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import Conv2dNormActivation as TorchvisionConv2dNormActivation
 
-from . import engines, functional
+from . import engines, functional, sites
 from .conditions import BATCH_NORMS, hooked, obstacle, plain, trains
 from .frozen_conv import FrozenConv
 from .modules import (
@@ -35,6 +35,7 @@ from .modules import (
 )
 from .plan import Pool
 from .reference import accumulation_dtype
+from .tuning import asked
 
 if TYPE_CHECKING:  # every fused class is a module too; its bases bring nn.Module in
     _Base = Any
@@ -63,13 +64,15 @@ class Fused(_Base):
     """What the fused classes share. A subclass lists its pairs and runs itself from them."""
 
     #: Set by freeze: the pairs, each of which has become one FrozenConv where its conv was. Set by
-    #: fuse: what training may trade memory for.
+    #: fuse: what training may trade memory for. By tune: the way each pair goes, see sites.
     if TYPE_CHECKING:  # torch.jit.script takes a class's annotations for its own
         frozen_pairs: list[Pair] | None
         memory: str
+        tuned: dict[str, str]
     else:
         frozen_pairs = None
         memory = "auto"
+        tuned = None
 
     #: The types a BatchNorm may be of.
     norms: tuple[type, ...] = BATCH_NORMS
@@ -103,11 +106,13 @@ class Fused(_Base):
         conv = self.get(p.conv)
         if type(conv) is FrozenConv:
             return conv(x, p.act, residual)
+        if asked(self.tuned):
+            return sites.pair(conv, self.get(p.bn), x, p.act, residual)
         return conv_bn(conv, self.get(p.bn), x, p.act, residual)
 
     def link(self, p: Pair, x: Tensor) -> Tensor:
         """A pair that may train or not, whatever others do: ``act(bn(conv(x)))``."""
-        if type(self.get(p.conv)) is FrozenConv:
+        if type(self.get(p.conv)) is FrozenConv or not trains([self.modules_of(p)], x):
             return self.pair(p, x)
         return conv_bn_chain(*self.modules_of(p), x, p.act)
 
@@ -190,6 +195,8 @@ def fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, x: Any) -> Any:
         if self.obstacle(x) is not None:
             return original(self, x)
+        if self.frozen_pairs is None and asked(self.tuned):
+            return sites.forward(self, x, original)
         return self.run(x)
 
     return forward

@@ -5,6 +5,7 @@ any time after fusing.
 """
 
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from .plan import Params
 from .sync_batch_norm import SyncBatchNorm, group_of
 
 # Modules are typed Any below: nn.Module's attributes are Tensor | Module to a type checker.
+
+#: Whether fused modules are to run as torch has them, for that was measured to be faster.
+as_torch: ContextVar[bool] = ContextVar("fused_resnet_as_torch", default=False)
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm, FrozenBatchNorm2d)
 
@@ -174,6 +178,8 @@ def recording() -> str | None:
     """What is watching operations that ours could not be seen by, or None."""
     if torch.compiler.is_compiling():
         return None
+    if as_torch.get():
+        return "torch's own forward was measured to be faster"
     if torch.jit.is_tracing():
         return "torch.jit.trace is recording"
     if torch._C._functorch.peek_interpreter_stack() is not None:

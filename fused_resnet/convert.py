@@ -2,8 +2,8 @@
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -14,8 +14,11 @@ from . import heads  # noqa: F401 (adds its classes to TWINS)
 from .blocks import TWINS, Fused
 from .conditions import BATCH_NORMS, apart, pair_obstacle, plain
 from .forward_source import UnprovableError
+from .frozen_conv import FrozenConv
 from .plan import MEMORY
 from .proved import Proved, may_have_twin, twin_of
+from .sites import engine_of
+from .tuning import EAGER
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,6 +37,7 @@ class Entry:
     conv: str
     bn: str
     reason: str | None
+    engine: str | None = None  #: what it runs on, where :func:`report` was asked for that
 
     @property
     def fused(self) -> bool:
@@ -54,11 +58,14 @@ class Report(list[Entry]):
 
     def __str__(self) -> str:
         width = max((len(e.conv) for e in self), default=0)
-        lines = [f"{e.conv:<{width}}  {e.reason or 'fused'}" for e in self]
+        named = max((len(e.engine or "") for e in self), default=0)
+        engines = (f"{e.engine:<{named}}  " if e.engine else "" for e in self)
+        lines = [f"{e.conv:<{width}}  {next(engines)}{e.reason or 'fused'}" for e in self]
         return "\n".join([*lines, self.summary])
 
 
 def check_model(op: str, model: nn.Module) -> None:
+    """Raise unless ``model`` is a module that nothing wraps."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     # Looked up by name: a class whose module was never imported has no instances.
@@ -126,7 +133,7 @@ def _proved(m: nn.Module) -> Fused | str:
 def _restore(m: Any) -> None:
     """Give a module its own class back."""
     m.__class__ = m.original if isinstance(m, Proved) else _originals()[type(m)]
-    for name in ("memory", "proofs"):
+    for name in ("memory", "proofs", "tuned"):
         m.__dict__.pop(name, None)
 
 
@@ -150,6 +157,8 @@ def _entries(model: nn.Module) -> Report:
                     continue
                 seen.add((conv, bn))
                 reason = overridden or pair_obstacle(conv, bn, twin.norms) or together
+                if type(conv) is FrozenConv:
+                    reason = None
                 report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
     refused = _refused(model)
     for path, m in model.named_modules():
@@ -234,28 +243,44 @@ def unfuse(model: M) -> M:
     return model
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, *, engines: bool = False) -> Report:
     """Every convolution and its BatchNorm in ``model``: fused, or why not.
 
     What depends on a call (training mode, a gradient that is needed, dtypes) is not in it: the
     module's ``obstacle(x)`` tells that.
 
+    Args:
+        model: any module.
+        engines: tell also what each runs on: an engine; ``"eager"``, torch's own modules; or
+            ``"auto"``, of which several may be at work in training. Of a model that :func:`tune`
+            has seen, on its example; else on images in channels_last.
+
     Returns:
         A list of :class:`Entry` that prints as a table.
     """
     entries = _entries(model)
-    fused_paths = {path for path, m in model.named_modules() if isinstance(m, Fused)}
-    return Report(
-        e
-        if not e.fused or _owner(e.conv, fused_paths)
-        else Entry(e.conv, e.bn, "fuse was not called")
-        for e in entries
-    )
+    fused = {path: m for path, m in model.named_modules() if isinstance(m, Fused)}
+    result = Report()
+    for e in entries:
+        owner = _owner(e.conv, fused)
+        if e.fused and owner is None:
+            e = Entry(e.conv, e.bn, "fuse was not called")
+        if engines:
+            e = replace(e, engine=_engine_of(e, owner, fused))
+        result.append(e)
+    return result
 
 
-def _owner(path: str, owners: set[str]) -> bool:
-    """Whether the module at ``path`` lies in one of ``owners``, at most through a shortcut."""
+def _owner(path: str, owners: Collection[str]) -> str | None:
+    """Which of ``owners`` the module at ``path`` lies in, at most through a shortcut."""
     parent, _, _ = path.rpartition(".")
-    return parent in owners or (
-        parent.endswith("downsample") and parent.rpartition(".")[0] in owners
-    )
+    above = parent.rpartition(".")[0]
+    if parent in owners:
+        return parent
+    return above if parent.endswith("downsample") and above in owners else None
+
+
+def _engine_of(e: Entry, owner: str | None, fused: dict[str, Fused]) -> str:
+    if not e.fused or owner is None:
+        return EAGER
+    return engine_of(fused[owner], e.conv[len(owner) :].lstrip("."))

@@ -10,6 +10,7 @@ vendor     torch's own convolution with our kernels around it; elsewhere the sam
 ========== ================================================================================
 
 ``auto``, the default, takes the safe choice for what is asked. Any other wish is met or raises.
+What was measured to be faster is wished for, around a call: see :mod:`fused_resnet.tuning`.
 """
 
 import contextlib
@@ -144,6 +145,13 @@ def use_engine(name: str) -> Iterator[None]:
     reason = unavailable(_check_name(name))
     if reason is not None:
         raise EngineError(f"engine {name!r} is not available: {reason}")
+    with wishing(name):
+        yield
+
+
+@contextlib.contextmanager
+def wishing(name: str) -> Iterator[None]:
+    """:func:`use_engine` of an engine that is known to be one."""
     global _wished_last
     token = _wish.set(name)
     _wished_last = name

@@ -169,7 +169,7 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     with torch.no_grad():
         served = tree_map(lambda t: _cast(t, frozen.dtype), inputs)
         if frozen.device.type in ("cpu", "cuda"):
-            _tune(frozen, served)
+            tune_layers(frozen, served)
             _bound_errors(frozen, pairs, served)
         frozen.errors = _errors(model, frozen, inputs, served, frozen.dtype)
     return frozen
@@ -186,7 +186,7 @@ def _static_obstacle(m: Fused, group: Group) -> bool:
     ) or any(plain(other, (kind,)) for other, kind in group.skipped)
 
 
-def _tune(frozen: Frozen, inputs: Any) -> None:
+def tune_layers(frozen: Frozen, inputs: Any) -> None:
     """Time the engines of every distinct layer on the inputs it gets when the example is run."""
     seen: dict[Any, FrozenConv] = {}
 

@@ -1,17 +1,18 @@
 """The layer that :func:`fused_resnet.freeze` makes of a convolution and its BatchNorm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import engines, measure, reference, vendor
+from . import engines, measure, reference, tuning, vendor
 from .conditions import params_of
 from .modules import geometry_of, pair_scale_shift
 from .native import below_autograd
 from .reference import accumulation_dtype
+from .sites import facts_of, layout_of
 
 _CONV_BN_ACT = torch.ops.fused_resnet.conv_bn_act.default
 
@@ -21,10 +22,6 @@ FOLD_BOUND = 2.0**-22
 
 #: The engine of a layer that cuDNN's fused kernel runs.
 CUDNN = "cudnn"
-
-#: How often each engine is timed on a layer, and how much faster another must be to be taken.
-TUNE_ROUNDS = 3
-TUNE_MARGIN = 1.1
 
 
 def untuned(device: torch.device, dtype: torch.dtype) -> str:
@@ -209,29 +206,27 @@ class FrozenConv(nn.Module):
         return F.relu(y) if act == "relu" else y
 
     def tune(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> None:
-        """Move this layer to another engine if that is clearly faster on ``x``.
+        """Move this layer to the engine that is fastest on ``x``, and keeps to the rule for errors.
 
-        One that raises is out; ``failed`` tells why. If all do, the last one's error is raised.
+        It stays on the untuned one unless another is clearly faster. ``failed`` tells which are
+        out, and why. What :func:`fused_resnet.use_tuning` keeps is not measured again.
         """
-        first, *others = self.candidates(x, act, residual)
-        times: dict[str, list[float]] = {name: [] for name in (first, *others)}
-        self.failed = {}
-        clock = measure.clock_in_sequence(x.device.type)
-        for turn in range(TUNE_ROUNDS + 1):
-            for self.engine in list(times):
-                try:
-                    seconds = clock(lambda: self.forward(x, act, residual), 1)
-                except Exception as error:  # compilers and libraries raise what they like
-                    self.failed[self.engine] = f"{type(error).__name__}: {error}"
-                    del times[self.engine]
-                    if not times:
-                        raise
-                    continue
-                if turn > 0:  # the first packs, and warms up
-                    times[self.engine].append(seconds)
-        best = min(times, key=lambda name: min(times[name]))
-        clear = first not in times or min(times[best]) * TUNE_MARGIN < min(times[first])
-        self.engine = best if clear else first
+
+        def call(way: str, modules: Sequence[Any], inputs: Sequence[Any]) -> Tensor:
+            (layer,), (given, added) = modules, inputs
+            if way == tuning.EAGER:  # what others' errors are compared with
+                return layer._in_steps(given, act, added)
+            layer.engine = way
+            return layer.forward(given, act, added)  # past freeze's hook
+
+        own = (self.weight.shape, layout_of(self.weight), str(self.geometry), self.folded)
+        facts = facts_of("frozen conv_bn_act", x, (own,), act, residual is not None)
+        ways = self.candidates(x, act, residual)
+        site = tuning.Site(facts, (self,), (x, residual), ways, call)
+        entry = tuning.kept(site) if tuning.is_on() else tuning.race(site)
+        self.engine, self.failed = ways[0], {}
+        if entry is not None:
+            self.engine, self.failed = entry.way, entry.failed
 
     def forget(self) -> None:
         """Drop what is derived from the weight; the next call makes it again."""

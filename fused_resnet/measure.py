@@ -145,6 +145,7 @@ class Pace:
     least_rounds: int = 5
     most_rounds: int = 50
     sample_seconds: float = 0.1  #: shorter calls are repeated until a sample lasts this long
+    pause_seconds: float = 0.005  #: so that the thread pool of whoever ran last goes to sleep
 
 
 def measure(
@@ -291,7 +292,7 @@ def interleave(
         tick("measuring", min(max(by_time, done / pace.most_rounds), 1.0))
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
-            time.sleep(0.005)  # the thread pool of whoever ran last goes to sleep
+            time.sleep(pace.pause_seconds)
             if repeats[name] > 1:
                 calls[name]()  # brings its weights back to the caches
             samples[name].append(seconds(calls[name], repeats[name]))

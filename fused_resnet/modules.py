@@ -46,6 +46,13 @@ def conv_bn(
     return convolve(conv, x, scale, shift, residual, act)
 
 
+def in_steps(conv: Any, bn: Any, x: Tensor, act: str, residual: Tensor | None) -> Tensor:
+    """``act(bn(conv(x)) + residual)`` as torch computes it."""
+    y = bn(conv(x))
+    y = y if residual is None else y + residual
+    return F.relu(y) if act == "relu" else y
+
+
 def joins(shortcut: Any, x: Tensor) -> bool:
     """Whether the wish has a kernel of two products, for a shortcut's convolution of x. Pure."""
     wish, kind = engines.wish(), x.device.type
@@ -285,9 +292,7 @@ class ConvBNAct2d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if obstacle([(self.conv, self.bn)], [], x, residual) is None:
             return conv_bn_chain(self.conv, self.bn, x, self.act, residual)
-        y = self.bn(self.conv(x))
-        y = y if residual is None else y + residual
-        return F.relu(y) if self.act == "relu" else y
+        return in_steps(self.conv, self.bn, x, self.act, residual)
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import caffe_numpy
+import given_times
 import pytest
 import torch
 from caffe_numpy import Net, caffemodel
@@ -133,6 +134,17 @@ def test_graph(tmp_path, name):
         sum(y.square().sum() for y in leaves(net.train()(given))).backward()
     judge(*([p.grad for p in net.parameters()] for net in (fused, plain, exact)))
     judge(*([b for b in net.buffers() if b.dim()] for net in (fused, plain, exact)))
+
+
+def test_tuned(block, tmp_path, monkeypatch):
+    """Trained as a whole as it is fastest, run by convolutions."""
+    given_times.keep_in(monkeypatch, tmp_path)
+    given_times.prefer(monkeypatch, "eager")
+    net, x = fused_resnet.fuse(block), torch.from_numpy(image(2, 8, 12, 12))
+    assert {c.op for c in fused_resnet.tune(net, x)} >= {"conv_bn_act", "conv_bn_act + residual"}
+    assert {e.engine for e in fused_resnet.report(net, engines=True)} == {"eager"}
+    assert [c.op for c in fused_resnet.tune(net.train(), x)] == ["FusedCaffeNet"]
+    assert not runs_fused(net, x)
 
 
 def test_copies(block, tmp_path):

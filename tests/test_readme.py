@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import given_times
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -12,6 +14,8 @@ def test_python_snippets(tmp_path, monkeypatch):
     snippets = list(FENCE.finditer(text))
     assert snippets, "README.md has no ```python block"
     monkeypatch.chdir(tmp_path)
+    given_times.keep_in(monkeypatch, tmp_path)
+    given_times.prefer(monkeypatch)
     namespace = {"__name__": "readme"}
     for snippet in snippets:
         # As many lines before it as in the README: a traceback then points there.

@@ -158,7 +158,7 @@ def test_candidates_on_the_cpu():
 @pytest.mark.parametrize(
     ("seconds", "taken"),
     [
-        ({"vendor": 1.0, "native": 0.95, CUDNN: 0.99}, "vendor"),  # not clearly faster
+        ({"vendor": 1.0, "native": 0.98, CUDNN: 0.99}, "vendor"),  # not clearly faster
         ({"vendor": 1.0, "native": 0.5, CUDNN: 0.6}, "native"),
         ({"vendor": 1.0, "native": 0.5, CUDNN: 0.4}, CUDNN),
     ],
