@@ -1,4 +1,5 @@
-"""``fused-resnet report``, ``check`` and ``freeze``: a network of yours, before it is served."""
+"""``fused-resnet report``, ``check``, ``tune`` and ``freeze``: a network of yours, before it is
+served or trained."""
 
 import argparse
 import math
@@ -16,6 +17,7 @@ from .convert import Report, fuse, report
 from .freeze import freeze
 from .frozen_file import save_frozen
 from .measure import OURS, Pace, Result, measure
+from .tune import Choices, tune
 
 #: Correctness alone.
 NO_TIME = Pace(seconds=0, least_rounds=0, most_rounds=0)
@@ -23,7 +25,7 @@ LEAST, BATCH = 4, 2  #: images that errors are taken over, and how many at once
 
 
 def add_commands(commands: Any) -> None:
-    """``report``, ``check`` and ``freeze``."""
+    """``report``, ``check``, ``tune`` and ``freeze``."""
     shown = commands.add_parser(
         "report", help="what of a network can be fused, and why the rest cannot",
         description="Lists every convolution and its BatchNorm: fused, or why not.",
@@ -42,13 +44,24 @@ def add_commands(commands: Any) -> None:
     checked.add_argument("--seed", type=int, default=0, help="of the images (default: 0)")
     checked.set_defaults(run=run_check)
 
+    tuned = commands.add_parser(
+        "tune", help="time the ways that parts of a network can go, and keep the fastest",
+        description="Fuses a network and times its ways on random images, in channels_last: the "
+        "engines, and torch's own modules. What is fastest is kept in the user's cache folder, "
+        "where fused_resnet.tune(model, example) finds it.",
+    )  # fmt: skip
+    _add_run_arguments(tuned)
+    _add_batch(tuned)
+    tuned.add_argument("--train", action="store_true",
+                       help="for training, of half types by autocast")  # fmt: skip
+    tuned.set_defaults(run=run_tune)
+
     frozen = commands.add_parser(
         "freeze", help="write a network as a file for serving",
         description="Freezes a network, writes what fused_resnet.load_frozen(FILE, model) reads.",
     )  # fmt: skip
     _add_run_arguments(frozen)
-    frozen.add_argument("--batch", type=positive, default=1, metavar="N",
-                        help="images at once to tune for (default: 1)")  # fmt: skip
+    _add_batch(frozen)
     frozen.add_argument("--output", type=Path, required=True, metavar="FILE", help="where to")
     frozen.set_defaults(run=run_freeze)
 
@@ -59,6 +72,11 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
                         help="an image (default: 3x224x224)")  # fmt: skip
     parser.add_argument("--dtype", choices=demo.DTYPES, default="fp32", help="default: fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=positive, default=1, metavar="N",
+                        help="images at once to tune for (default: 1)")  # fmt: skip
 
 
 def image(text: str) -> tuple[int, ...]:
@@ -105,6 +123,29 @@ def run_check(args: argparse.Namespace) -> int:
     print(_fused(args.model, model).summary)
     print(_table(results))
     return 0 if all(r.within for r in results) else 1
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    """Run ``tune``."""
+    network, dtype = _on_device(args), demo.DTYPES[args.dtype]
+    model, x = network.model, _images(args, args.batch, 0)
+    if network.untrained:  # its activations would not be like those of one in use
+        model = _tried(args, lambda: checkpoints.seeded(model, x, 0))
+    _fused(args.model, model)
+    model = model.to(memory_format=torch.channels_last).train(args.train)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if not args.train:
+        model, x = model.to(dtype), x.to(dtype)
+    cast = torch.autocast(args.device, dtype, enabled=args.train and dtype != torch.float32)
+
+    def tuned() -> Choices:
+        with cast:
+            return tune(model, x)
+
+    choices = _tried(args, tuned)
+    print(report(model, engines=True))
+    print(choices)
+    return 0
 
 
 def run_freeze(args: argparse.Namespace) -> int:

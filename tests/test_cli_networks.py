@@ -1,9 +1,10 @@
-"""report, check and freeze: which network is meant, what they find, how they fail."""
+"""report, check, tune and freeze: which network is meant, what they find, how they fail."""
 
 import copy
 import sys
 from types import SimpleNamespace
 
+import given_times
 import pytest
 import torch
 import torchvision
@@ -120,7 +121,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("model", "words"), WRONG.items(), ids=WRONG)
 def test_a_model_that_is_none(file, fails, model, words):
-    for command in (("report",), ("check",), ("freeze", "--output", "unwritten")):
+    for command in (("report",), ("check",), ("tune",), ("freeze", "--output", "unwritten")):
         message = fails(*command, "--model", model.replace("FILE", file))
         assert f"--model {model.replace('FILE', file)}: " in message
         assert words in message
@@ -181,6 +182,20 @@ def test_check_of_an_architecture(capsys):
     text = capsys.readouterr().out
     assert "weights: seed 3" in text
     assert "20 of 20" in text
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_tune(file, capsys, monkeypatch, tmp_path, train):
+    folder = given_times.keep_in(monkeypatch, tmp_path)
+    given_times.prefer(monkeypatch, "eager")
+    command = ["tune", "--model", f"{file}:build", *SMALL, "--batch", "2", "--dtype", "bf16"]
+    assert cli.main([*command, *(["--train"] if train else [])]) == 0
+    first, summary, choice, kept = capsys.readouterr().out.splitlines()
+    assert first.split() == ["0", "eager", "fused"]
+    assert summary == "1 of 1 conv/BatchNorm pairs fused"
+    assert choice.startswith(f"{'Sequential' if train else 'conv_bn_act'} 2x3x20x20 * 8x3x3x3 ")
+    (path,) = folder.glob("tuned-*.json")
+    assert kept == f"kept in {path}"
 
 
 @pytest.mark.parametrize("name", ["fuse", "freeze"])
