@@ -11,7 +11,7 @@ from bench import baselines, compare, launches, page, readme, report
 from bench.cases import DTYPES
 from bench.layers import NETWORKS
 from bench.results import RESULTS, commit, read
-from bench.run import DEFAULT, DEFAULT_CAP, FULL_CAP, run, selected
+from bench.run import DEFAULT, DEFAULT_CAP, FULL_CAP, SMOKE, run, selected
 from fused_resnet import chart, checkpoints
 from fused_resnet.command import CommandError, positive, require
 from fused_resnet.measure import OURS, write_json
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", choices=DTYPES, help="default: fp32 bf16; --full: all")
     add("--layers", nargs="+", choices=checkpoints.MODELS, metavar="NETWORK",
         help=f"whose layers and blocks there are cases of (default: {' '.join(NETWORKS)}; "
-        "with --smoke, of the first)")  # fmt: skip
+        f"with --smoke, of {SMOKE})")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--patience", type=float, metavar="S",
         help="leave out a peer that prepares for more than S seconds (default: wait)")  # fmt: skip
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help="skip a case that takes more than S seconds (default: without --select "
         f"{DEFAULT_CAP:.0f}, with --full {FULL_CAP:.0f})")  # fmt: skip
     add("--smoke", action="store_true",
-        help="resnet18 and every op on tiny images, one round: does it all run?")  # fmt: skip
+        help=f"{SMOKE} and every op on tiny images, one round: does it all run?")  # fmt: skip
     add("--list", action="store_true", help="print the names of all cases, or of those selected")
     add("--launches", action="store_true",
         help="measure nothing, needs no GPU: count what networks (--select, default: resnet50) "

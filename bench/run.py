@@ -32,6 +32,8 @@ from fused_resnet.measure import EAGER, Pace, at_most, clock, measure, write_jso
 EVERY_OP = tuple(f"{op}/*" for op in (*ops.WORKS, *training_ops.WORKS))
 #: What is measured unless something is asked for: networks, inference and training.
 DEFAULT = ("resnet18", "resnet50", "resnext50_32x4d")
+#: What is run to see whether everything does.
+SMOKE = "resnet18"
 INFERENCE_BATCHES, TRAINING_BATCHES = (1, 16), (8,)
 #: Of everything there is.
 FULL_BATCHES = (1, 8, 16, 32, 128, 256)
@@ -50,7 +52,7 @@ def patterns(args: argparse.Namespace) -> list[str]:
     if args.full or args.list:
         return ["*"]
     if args.smoke:
-        return ["resnet18/*", f"{TRAIN}resnet18/*", *EVERY_OP]
+        return [f"{SMOKE}/*", f"{TRAIN}{SMOKE}/*", *EVERY_OP]
     return [f"{what}{network}/*" for network in DEFAULT for what in ("", TRAIN)]
 
 
@@ -59,7 +61,7 @@ def selected(args: argparse.Namespace) -> list[Case]:
     batches = {False: args.batch or INFERENCE_BATCHES, True: args.batch or TRAINING_BATCHES}
     if args.full and not args.batch:
         batches = dict.fromkeys(batches, FULL_BATCHES)
-    networks = args.layers or NETWORKS[: 1 if args.smoke else None]
+    networks = args.layers or ([SMOKE] if args.smoke else NETWORKS)
     every = sorted({*batches[False], *batches[True]})
     asked = Asked(every, args.dtype, args.size, args.device, tuple(networks))
     several = (cases, training, blocks, ops, training_ops)
