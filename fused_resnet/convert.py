@@ -110,7 +110,7 @@ def _refused(model: nn.Module) -> dict[nn.Module, str]:
 
 def _as_twin(m: nn.Module) -> Fused | None:
     """A view of ``m`` as its fused twin, if there is one; ``m`` itself is not changed."""
-    originals = _originals()
+    originals = _originals()  # before TWINS is looked at: it may add timm's
     if isinstance(m, Fused) and (isinstance(m, Proved) or type(m) in originals):
         return m
     if type(m) in TWINS:

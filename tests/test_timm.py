@@ -222,3 +222,10 @@ def test_import_stays_away_from_timm(request):
     code = "import sys, fused_resnet as f, torch; f.fuse(torch.nn.ReLU())"
     code += "; sys.exit('timm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=request.config.rootpath)
+
+
+def test_the_first_network_of_a_process(request):
+    """Its root is looked at before anything else has brought the twins in."""
+    code = "import sys, timm, fused_resnet as f; m = f.fuse(timm.create_model('resnet18'))"
+    code += "; sys.exit(type(m).__module__ != 'fused_resnet.timm_blocks')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=request.config.rootpath)
