@@ -211,8 +211,8 @@ def test_a_file_of_somebody_else(path):
 
 
 def test_a_file_of_another_format(path):
-    rewrite(path, lambda tensors, description: description.update(format=2, version="9.1"))
-    refused(path, small(), "format 2 of fused_resnet 9.1", "reads format 1")
+    rewrite(path, lambda tensors, description: description.update(format=3, version="9.1"))
+    refused(path, small(), "format 3 of fused_resnet 9.1", "reads format 2")
 
 
 DAMAGES = {
