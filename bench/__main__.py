@@ -113,10 +113,10 @@ def measure(args: argparse.Namespace) -> int:
         print(f"not measured: {name}: {why}")
     for row in content["skipped"]:
         print(f"{'FAILED' if row['failed'] else 'SKIPPED'} {row['case']}: {row['why']}")
-    wrong = [r for r in content["results"] if r["kind"] == OURS and not r["within"]]
-    for r in wrong:
-        print(f"FAILED {r['case']}: {r['variant']}: {r['why_not']}")
-    return 1 if wrong or any(row["failed"] for row in content["skipped"]) else 0
+    failed = [row for row in content["results"] if row["kind"] == OURS and report.why_failed(row)]
+    for row in failed:
+        print(f"FAILED {row['case']}: {row['variant']}: {report.why_failed(row)}")
+    return 1 if failed or any(row["failed"] for row in content["skipped"]) else 0
 
 
 def parse(words: list[str]) -> argparse.Namespace:

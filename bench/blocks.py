@@ -62,7 +62,7 @@ def _inference(
 ) -> Work:
     model = _module(network, block, size, device)
     x = _inputs(block, batch, device)
-    several = variants.standard(model, dtype, x)
+    several = [*variants.standard(model, dtype, x), variants.tuned(model, dtype, x)]
     if device == "cuda":
         fused = variants.fused(model, dtype)
         several += on_each_engine(fused, device, dtype, engines.INFERENCE_OPS)

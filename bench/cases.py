@@ -118,6 +118,7 @@ def _network_work(name: str, batch: int, dtype: torch.dtype, size: int, device: 
         several.append(peers.onnx_runtime(model, dtype, inputs[0], threads))
         several.append(peers.openvino(model, dtype, inputs[0], threads))
     several.append(peers.torchscript(model, dtype, inputs[0]))
+    several.append(variants.tuned(model, dtype, inputs[0]))
     several.sort(key=lambda v: (EAGER, PEER, OURS).index(v.kind))
     truth = _truth(name, size, count, device)
     return Work(several, inputs, truth, network_flops(name, batch, size), None)

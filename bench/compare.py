@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 
 from bench import report, results
 from fused_resnet.command import CommandError
-from fused_resnet.measure import EAGER, OURS, Pace
+from fused_resnet.measure import EAGER, OURS
 
 FASTER, SLOWER, NOISE, UNKNOWN = "faster", "slower", "noise", "not told"
 WRONG, MORE, LESS = "wrong now", "keeps more", "keeps less"
-#: With less rounds quartiles tell nothing.
-LEAST_ROUNDS = Pace().least_rounds
 
 
 class Verdict(NamedTuple):
@@ -69,8 +67,8 @@ def judge(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Verdict]:
         if before["seconds"] or after["seconds"]:
             why = after["why_not"] if new is None else before["why_not"]
             yield Verdict(*known, old_text, new_text, UNKNOWN, why)
-    elif min(len(before["samples"]), len(after["samples"])) < LEAST_ROUNDS:
-        note = f"less than {LEAST_ROUNDS} rounds"
+    elif min(len(before["samples"]), len(after["samples"])) < report.LEAST_ROUNDS:
+        note = f"less than {report.LEAST_ROUNDS} rounds"
         yield Verdict(*known, old_text, new_text, UNKNOWN, note)
     else:
         change = new["median"] / old["median"]

@@ -54,12 +54,17 @@ def _by(rows: list[Row], key: str) -> list[tuple[str, list[Row]]]:
 
 
 def missing(rows: list[Row]) -> list[tuple[str, str, str, str]]:
-    """What has no time or is outside the rule: what it is, why, and in which cases."""
+    """What has no time, is outside the rule or breaks a promise: why, and in which cases."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
-        if row["why_not"] or not row["within"]:
-            failed = "FAILED" if row["kind"] == OURS else row["kind"]
+        if row["kind"] == OURS:
+            failed, why = "FAILED", report.why_failed(row)
+        elif row["why_not"] or not row["within"]:
+            failed = row["kind"]
             why = row["why_not"] or "its error is outside the rule; it is timed all the same"
+        else:
+            why = None
+        if why is not None:
             found.setdefault((row["variant"], failed, why), []).append(row["case"])
     return [(*key, ", ".join(cases)) for key, cases in found.items()]
 

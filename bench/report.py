@@ -5,7 +5,12 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
+from fused_resnet.measure import Pace
+from fused_resnet.variants import FROZEN, TUNED
+
 Row = dict[str, Any]
+#: With less rounds quartiles tell nothing.
+LEAST_ROUNDS = Pace().least_rounds
 #: What the tables of networks show.
 LEGEND = (
     "Medians of interleaved rounds; in parentheses how many times as fast as the faster eager; for "
@@ -31,6 +36,19 @@ def rate(row: Row) -> str:
 
 def ratio(value: Row | None) -> str:
     return f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})" if value else ""
+
+
+def why_failed(row: Row) -> str | None:
+    """What is wrong with a result of ours, or None.
+
+    That of a tuned model is also wrong if it is slower than eager, which was one of its ways.
+    """
+    if not row["within"]:
+        return row["why_not"]
+    if row["variant"] not in (TUNED, FROZEN) or len(row["samples"]) < LEAST_ROUNDS:
+        return None
+    slower = row["speedup"]["high"] < 1
+    return f"it is tuned, and slower than eager: {ratio(row['speedup'])}x" if slower else None
 
 
 def share_of_floor(row: Row) -> str:

@@ -27,10 +27,10 @@ from bench.cases import (
     seeded_network,
 )
 from bench.layers import table
-from fused_resnet import checkpoints, engines, fuse
+from fused_resnet import checkpoints, engines, fuse, tune
 from fused_resnet.measure import EAGER, OURS, PEER, Runner, Variant, kept_bytes
 from fused_resnet.plan import MEMORY
-from fused_resnet.variants import LAYOUTS
+from fused_resnet.variants import LAYOUTS, TUNED
 
 CLASSES = 1000
 COMPILE = "torch.compile"
@@ -62,8 +62,10 @@ def step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     return loss
 
 
-def prepared(network: nn.Module, variant: str) -> tuple[nn.Module, torch.memory_format]:
-    """A copy of a network as the variant of that name runs it."""
+def prepared(
+    network: nn.Module, variant: str, x: Tensor, dtype: torch.dtype
+) -> tuple[nn.Module, torch.memory_format]:
+    """A copy of a network as the variant of that name runs it on ``x``, and the layout it wants."""
     layout = LAYOUTS["NCHW" if variant == "eager NCHW" else "NHWC"]
     model = copy.deepcopy(network).to(memory_format=layout).train()
     if variant.startswith(COMPILE):
@@ -72,6 +74,10 @@ def prepared(network: nn.Module, variant: str) -> tuple[nn.Module, torch.memory_
         model = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
     elif variant in peers.NORMS:
         peers.swap_norms(model, variant)
+    elif variant == TUNED:
+        fuse(model)
+        with autocast(dtype, x.device.type):
+            tune(model, x.contiguous(memory_format=layout))
     elif variant.startswith("fused"):
         fuse(model, memory=variant.removeprefix("fused").strip() or "auto")
     return model, layout
@@ -80,6 +86,7 @@ def prepared(network: nn.Module, variant: str) -> tuple[nn.Module, torch.memory_
 def variant_names(device: str) -> dict[str, str]:
     """Every variant and its kind."""
     ours = {"fused" if memory == "auto" else f"fused {memory}": OURS for memory in MEMORY}
+    ours[TUNED] = OURS
     others = [COMPILE]
     if device == "cuda":
         there = [name for name in peers.NORMS if name not in peers.absent(device)]
@@ -137,7 +144,7 @@ def step_work(
 
     def variant(title: str, kind: str) -> Variant:
         def prepare() -> Runner:
-            model, layout = prepared(network, title)
+            model, layout = prepared(network, title, x, dtype)
 
             def run(x: Tensor) -> nn.Module:
                 model.zero_grad()
@@ -154,7 +161,7 @@ def step_work(
             # Compiled code keeps what it likes, a peer may have failed, and an engine keeps what
             # "fused" keeps.
             return {}
-        model, layout = prepared(network, title)
+        model, layout = prepared(network, title, x, dtype)
         fed = x.contiguous(memory_format=layout)
         with autocast(dtype, device):
             kept = kept_bytes(model, fed)
@@ -205,9 +212,9 @@ def _resident(line: str) -> int:
 
 
 def _measure_growth(name: str, batch: str, dtype: str, title: str, size: str) -> int:
-    model, layout = prepared(checkpoints.build(name), title)
-    x = images(int(batch), int(size)).contiguous(memory_format=layout)
-    kind = getattr(torch, dtype)
+    x, kind = images(int(batch), int(size)), getattr(torch, dtype)
+    model, layout = prepared(checkpoints.build(name), title, x, kind)
+    x = x.contiguous(memory_format=layout)
     step(model, x, kind)  # code, weights' copies and the gradients are there then
     before = _resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as mark:

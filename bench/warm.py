@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     network = checkpoints.build(args.network).to(args.device)
     x = torch.randn(fed(args.network, args.block, args.batch, args.size), device=args.device)
     with engines.use_engine(args.engine):
-        trained, layout = prepared(network, "fused")
+        trained, layout = prepared(network, "fused", x, dtype)
         x = x.contiguous(memory_format=layout)
         if whole:
             step(trained, x, dtype)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from .convert import fuse
 from .freeze import freeze
 from .measure import EAGER, OURS, PEER, Runner, Variant
+from .tune import tune
 
+TUNED, FROZEN = "fused tuned", "frozen"
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
@@ -72,17 +74,30 @@ def fused(model: nn.Module, dtype: torch.dtype) -> Variant:
     return Variant("fused", OURS, prepare)
 
 
+def tuned(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
+    """:func:`fused`, tuned on ``example``."""
+
+    def prepare() -> Runner:
+        converted = _converted(model, dtype, torch.channels_last)
+        runner = _runner(fuse(converted), dtype, torch.channels_last)
+        with torch.no_grad():
+            tune(converted, runner.feed(example))
+        return runner
+
+    return Variant(TUNED, OURS, prepare)
+
+
 def frozen(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
     """``freeze``, tuned on ``example``."""
 
     def prepare() -> Runner:
         return _runner(freeze(model, example=example, dtype=dtype), dtype, torch.channels_last)
 
-    return Variant("frozen", OURS, prepare)
+    return Variant(FROZEN, OURS, prepare)
 
 
 def standard(model: nn.Module, dtype: torch.dtype, example: Tensor) -> list[Variant]:
-    """All of the above."""
+    """All of the above but what is tuned, which takes its time."""
     return [
         eager(model, dtype, "NCHW"),
         eager(model, dtype, "NHWC"),

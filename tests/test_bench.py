@@ -20,6 +20,7 @@ from bench.cases import Asked
 from bench.layers import NETWORKS, layers
 from fused_resnet import checkpoints, engines, measure
 from fused_resnet.measure import EAGER, OURS, PEER, Error, Pace, Runner, Spread, Variant
+from fused_resnet.variants import FROZEN, TUNED
 
 ROOT = Path(__file__).resolve().parent.parent
 ONCE = Pace(seconds=0, least_rounds=2, most_rounds=2, sample_seconds=0)
@@ -28,6 +29,14 @@ ONCE = Pace(seconds=0, least_rounds=2, most_rounds=2, sample_seconds=0)
 def run(*args, timeout=900):
     command = [sys.executable, "-m", "bench", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def choices(tmp_path_factory):
+    """What is tuned here is kept where nobody else looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +347,24 @@ def test_the_larger_error_of_eager_sets_what_is_allowed():
     results = {r.variant: r for r in measure.measure(several, [x], truth, ONCE)}
     assert results["ours"].within
     assert not results["worse"].within
+
+
+@pytest.mark.parametrize(
+    ("variant", "high", "rounds", "fails"),
+    [
+        (TUNED, 0.99, 5, True),
+        (FROZEN, 0.99, 5, True),
+        (TUNED, 1.0, 5, False),
+        (TUNED, 0.99, 4, False),  # of too few to tell
+        ("fused lean", 0.99, 5, False),  # it is slower on purpose
+    ],
+)
+def test_what_is_tuned_must_not_be_slower_than_eager(variant, high, rounds, fails):
+    speed = {"median": 0.95, "low": 0.9, "high": high}
+    row = {"variant": variant, "within": True, "samples": [1.0] * rounds, "speedup": speed}
+    assert bool(report.why_failed(row)) == fails
+    wrong = {**row, "within": False, "why_not": "its error is outside the rule"}
+    assert report.why_failed(wrong) == "its error is outside the rule"
 
 
 @pytest.mark.parametrize(("host", "device", "longer"), [(0.0, 2.0, 2.0), (0.02, 0.001, 0.02)])

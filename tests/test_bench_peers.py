@@ -79,9 +79,10 @@ def test_a_norm_in_the_place_of_torchs(name, monkeypatch):
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.weight)
             m.eps, m.momentum = 1e-3, 0.3
-    theirs, layout = training.prepared(network, name)
-    eager, _ = training.prepared(network, "eager NHWC")
-    x = torch.randn(2, 3, 32, 32).double().contiguous(memory_format=layout)
+    x = torch.randn(2, 3, 32, 32).double()
+    theirs, layout = training.prepared(network, name, x, x.dtype)
+    eager, _ = training.prepared(network, "eager NHWC", x, x.dtype)
+    x = x.contiguous(memory_format=layout)
     losses = [training.step(model, x, torch.float64) for model in (eager, theirs)]
     assert Counted.calls == 20
     torch.testing.assert_close(*losses)
