@@ -1,5 +1,6 @@
-"""The CPU kernels without torch, under AddressSanitizer and UndefinedBehaviorSanitizer: every
-instruction set this processor has, compiled with the flags of the real build."""
+"""The CPU kernels without torch, under AddressSanitizer and UndefinedBehaviorSanitizer, with the
+flags of the real build: the least and the best instruction set this processor has, with --full all.
+"""
 
 import re
 import shutil
@@ -65,7 +66,10 @@ def build(compiler: str, isa: str, folder: Path) -> Path:
     return driver
 
 
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize(
+    "isa",
+    [pytest.param(isa, marks=[pytest.mark.slow] if isa in isas()[1:-1] else []) for isa in isas()],
+)
 def test_kernels(isa, tmp_path):
     compiler = shutil.which("g++")
     if compiler is None:
