@@ -28,6 +28,7 @@ from bench.screen import Tick, screen
 from fused_resnet import facts
 from fused_resnet.command import CommandError
 from fused_resnet.measure import EAGER, Pace, at_most, clock, measure, write_json
+from fused_resnet.variants import TUNED
 
 EVERY_OP = tuple(f"{op}/*" for op in (*ops.WORKS, *training_ops.WORKS))
 #: What is measured unless something is asked for: networks, inference and training.
@@ -94,6 +95,8 @@ def run_case(
         for v in work.variants
         if v.kind == EAGER or any(fnmatch.fnmatch(v.name, p) for p in args.variants)
     ]
+    if args.smoke:  # in images that small, which way is taken decides which ReLUs tip over
+        chosen = [v for v in chosen if v.name != TUNED]
     done = measure(
         chosen,
         work.inputs,

@@ -15,10 +15,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import __main__ as bench
-from bench import blocks, cases, ops, report, training_ops
+from bench import blocks, cases, ops, report, training, training_ops
 from bench.cases import Asked
 from bench.layers import NETWORKS, layers
-from fused_resnet import checkpoints, engines, measure
+from fused_resnet import checkpoints, engines, measure, variants
 from fused_resnet.measure import EAGER, OURS, PEER, Error, Pace, Runner, Spread, Variant
 from fused_resnet.variants import FROZEN, TUNED
 
@@ -365,6 +365,17 @@ def test_what_is_tuned_must_not_be_slower_than_eager(variant, high, rounds, fail
     assert bool(report.why_failed(row)) == fails
     wrong = {**row, "within": False, "why_not": "its error is outside the rule"}
     assert report.why_failed(wrong) == "its error is outside the rule"
+
+
+def test_variants_that_are_tuned():
+    """A smoke run has none."""
+    x = torch.randn(2, 3, 32, 32)
+    network = checkpoints.build("resnet18")
+    runner = variants.tuned(network.eval(), torch.float32, x).prepare()
+    trained, _ = training.prepared(network, TUNED, x, torch.float32)
+    for model in (runner.run, trained):
+        assert model.layer1[0].tuned.keys() == {"conv1", "conv2"}
+    assert not any(hasattr(m, "tuned") for m in network.modules())
 
 
 @pytest.mark.parametrize(("host", "device", "longer"), [(0.0, 2.0, 2.0), (0.02, 0.001, 0.02)])
