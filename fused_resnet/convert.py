@@ -88,8 +88,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Fused]]:
     """Modules that hold a pair and have a fused twin, and that, swapped already or not."""
     inside: set[nn.Module] = set(_refused(model))
     for path, m in model.named_modules():
-        twin = None if m in inside else _as_twin(m)
-        if twin is None or not twin.pairs():
+        if m in inside:
+            continue
+        twin = _as_twin(m)
+        if isinstance(twin, str) or not twin.pairs():
             continue
         # A block runs its own shortcut: that Sequential is not swapped beside it.
         shortcut = m._modules.get("downsample")
@@ -108,8 +110,8 @@ def _refused(model: nn.Module) -> dict[nn.Module, str]:
     }
 
 
-def _as_twin(m: nn.Module) -> Fused | None:
-    """A view of ``m`` as its fused twin, if there is one; ``m`` itself is not changed."""
+def _as_twin(m: nn.Module) -> Fused | str:
+    """A view of ``m`` as its fused twin, or why there is none; ``m`` itself is not changed."""
     originals = _originals()  # before TWINS is looked at: it may add timm's
     if isinstance(m, Fused) and (isinstance(m, Proved) or type(m) in originals):
         return m
@@ -117,11 +119,6 @@ def _as_twin(m: nn.Module) -> Fused | None:
         view: Any = object.__new__(TWINS[type(m)])
         view.__dict__ = m.__dict__
         return view
-    return None if isinstance(twin := _proved(m), str) else twin
-
-
-def _proved(m: nn.Module) -> Fused | str:
-    """The twin of a module with a forward of its own, or why there is none."""
     if not may_have_twin(m):
         return "it holds no pair"
     try:
@@ -145,8 +142,9 @@ def _entries(model: nn.Module) -> Report:
     report = Report()
     seen: set[tuple[nn.Module, nn.Module]] = set()
     for path, _, twin in _candidates(model):
+        static = twin.static_obstacle()
         for pairs, skipped in twin.fused_groups():
-            overridden = twin.static_obstacle()
+            overridden = static
             together = apart(p for pair in pairs for p in twin.get(pair.conv).parameters())
             for other, kind in skipped:
                 if overridden is None and (reason := plain(other, (kind,))) is not None:
@@ -162,28 +160,28 @@ def _entries(model: nn.Module) -> Report:
                 report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
     refused = _refused(model)
     for path, m in model.named_modules():
-        for name, following in _in_a_row(m):
+        own = _as_twin(m)
+        for name, following in _in_a_row(m, own):
             conv, bn = m._modules[name], m._modules[following]
             if not isinstance(conv, _ConvNd) or (conv, bn) in seen:
                 continue
             if isinstance(bn, (*BATCH_NORMS, _NormBase, nn.GroupNorm)):
-                reason = refused.get(m) or pair_obstacle(conv, bn) or _why_alone(m)
+                reason = refused.get(m) or pair_obstacle(conv, bn) or _why_alone(m, own)
                 report.append(Entry(_join(path, name), _join(path, following), reason))
     return report
 
 
-def _in_a_row(m: nn.Module) -> Iterable[tuple[str, str]]:
+def _in_a_row(m: nn.Module, twin: Fused | str) -> Iterable[tuple[str, str]]:
     """Children that may be a pair: by the proof of what a module does, else by their order."""
-    twin = _as_twin(m)
     if isinstance(twin, Proved) and twin.proof is not None:
         return twin.proof.links
     return itertools.pairwise(m._modules)
 
 
-def _why_alone(m: nn.Module) -> str:
+def _why_alone(m: nn.Module, twin: Fused | str) -> str:
     """Why a module does not run as one a convolution and the BatchNorm that is named after it."""
-    if _as_twin(m) is None:
-        return f"{type(m).__name__} is not a class that can be fused: {_proved(m)}"
+    if isinstance(twin, str):
+        return f"{type(m).__name__} is not a class that can be fused: {twin}"
     return "what is between them is used elsewhere, too, or one of them is called twice"
 
 
