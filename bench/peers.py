@@ -1,6 +1,5 @@
 """Other ways to run the same network, each at its best, where its package is installed."""
 
-import copy
 import importlib
 import io
 import warnings
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet import variants
 from fused_resnet.measure import PEER, Runner, Variant
 
 #: Those for GPUs that are no part of torch, and the packages they are in.
@@ -100,32 +100,26 @@ def openvino(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int
 def torchscript(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
     """What torch had for inference before torch.compile."""
 
-    def feed(x: Tensor) -> Tensor:
-        return x.to(dtype).contiguous(memory_format=torch.channels_last)
-
     def prepare() -> Runner:
-        converted = copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
+        runner = variants.eager(model, dtype, "NHWC").prepare()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is deprecated
-            traced = torch.jit.freeze(torch.jit.trace(converted, feed(example)))
-            return Runner(torch.jit.optimize_for_inference(traced), feed)
+            traced = torch.jit.freeze(torch.jit.trace(runner.run, runner.feed(example)))
+            return runner._replace(run=torch.jit.optimize_for_inference(traced))
 
     return Variant("jit.optimize_for_inference", PEER, prepare)
 
 
 def tensorrt(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
-    def feed(x: Tensor) -> Tensor:
-        return x.to(dtype).contiguous()
-
     def prepare() -> Runner:
         import torch_tensorrt
 
-        converted = copy.deepcopy(model).to(dtype)
-        inputs = [feed(example)]
+        runner = variants.eager(model, dtype, "NCHW").prepare()
+        inputs = [runner.feed(example)]
         compiled = torch_tensorrt.compile(
-            converted, ir="dynamo", inputs=inputs, enabled_precisions={dtype}
+            runner.run, ir="dynamo", inputs=inputs, enabled_precisions={dtype}
         )
-        return Runner(compiled, feed)
+        return runner._replace(run=compiled)
 
     return Variant(TENSORRT, PEER, prepare)
 
