@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import engines, measure, reference, tuning, vendor
+from .autograd import batch_norm_act_of_torch
 from .conditions import params_of
 from .modules import geometry_of, pair_scale_shift
 from .native import below_autograd
@@ -65,9 +66,8 @@ def pair_in_steps(conv: nn.Conv2d, bn: Any, x: Tensor, act: str, residual: Tenso
     tensors = (None if t is None else t.detach().to(x.dtype) for t in params_of(conv, bn))
     weight, bias, gamma, beta, mean, var = tensors
     y = F.conv2d(x, weight, bias, *geometry_of(conv))  # type: ignore[arg-type]
-    y = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, bn.eps)
-    y = y if residual is None else y + residual.to(x.dtype)
-    return F.relu(y) if act == "relu" else y
+    added = None if residual is None else residual.to(x.dtype)
+    return batch_norm_act_of_torch(y, mean, var, gamma, beta, added, False, 0.0, bn.eps, act)
 
 
 class FrozenConv(nn.Module):
