@@ -57,33 +57,22 @@ def _kernels(device: str) -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.cache
-def _software(device: str) -> dict[str, str]:
-    return {
-        "fused_resnet": __version__,
-        "kernels": _kernels(device),
-        "torch": torch.__version__,
-        "triton": versions()["triton"] or "none",
-    }
-
-
-@functools.cache
-def _processor() -> str:
-    return processor()
-
-
 def environment(device: torch.device) -> dict[str, str]:
     """What a measurement on ``device`` holds for, and nothing else."""
     if device.type == "cuda":
-        own = {"device": torch.cuda.get_device_name(device), "cudnn": f"{_cudnn()}"}
+        own = {
+            "device": torch.cuda.get_device_name(device),
+            "cudnn": f"{torch.backends.cudnn.version()}",
+        }
     else:
-        own = {"device": _processor(), "isa": isa(), "threads": f"{torch.get_num_threads()}"}
-    return {**own, **_software(device.type)}
-
-
-@functools.cache
-def _cudnn() -> int | None:
-    return torch.backends.cudnn.version()
+        own = {"device": processor(), "isa": isa(), "threads": f"{torch.get_num_threads()}"}
+    return {
+        **own,
+        "fused_resnet": __version__,
+        "kernels": _kernels(device.type),
+        "torch": torch.__version__,
+        "triton": versions()["triton"] or "none",
+    }
 
 
 class Cache:
