@@ -30,15 +30,18 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def processor() -> str:
-    """The processor's model name."""
-    cpuinfo = Path("/proc/cpuinfo")
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name, with its family and model: a virtual one is called AMD EPYC of any."""
+    found: dict[str, str] = {}
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+            found.setdefault(name.strip(), value.strip())
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in found or "model" not in found:
+        return found["model name"]
+    return f"{found['model name']}, family {found['cpu family']} model {found['model']}"
 
 
 def physical_cores() -> int:

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import pickle
+import platform
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 import torchvision
 
 import fused_resnet
-from fused_resnet import checkpoints, cli, engines
+from fused_resnet import checkpoints, cli, engines, facts
 
 WITHOUT_EXTRAS = """
 import sys
@@ -58,6 +59,21 @@ def fails(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def state():
     return torchvision.models.resnet18().state_dict()
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: A", "A, family 25 model 17"),
+        ("model name\t: A", "A"),
+        ("CPU part\t: 0xd0c", platform.processor() or platform.machine()),
+    ],
+)
+def test_processor(lines, name, tmp_path):
+    """What is tuned or measured on one is not taken for another of the same name."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\n{lines}\n\nprocessor\t: 1\n{lines}\n")
+    assert facts.processor(cpuinfo) == name
 
 
 def test_info(capsys):
