@@ -11,7 +11,7 @@ from bench import baselines, compare, launches, page, readme, report
 from bench.cases import DTYPES
 from bench.layers import NETWORKS
 from bench.results import RESULTS, commit, read
-from bench.run import DEFAULT, DEFAULT_CAP, FULL_CAP, SMOKE, run, selected
+from bench.run import DEFAULT, DEFAULT_BUDGET, FULL_CAP, SMOKE, run, selected
 from fused_resnet import chart, checkpoints
 from fused_resnet.command import CommandError, positive, require
 from fused_resnet.measure import OURS, write_json
@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
         help="everything there is, in every batch size and type, going on with what --output has "
         "(default: bench/results/full-DEVICE.json)")  # fmt: skip
     add("--cap", type=float, metavar="S",
-        help="skip a case that takes more than S seconds (default: without --select "
-        f"{DEFAULT_CAP:.0f}, with --full {FULL_CAP:.0f})")  # fmt: skip
+        help="skip a case that takes more than S seconds (default: without --select twice its "
+        f"share of what is left of {DEFAULT_BUDGET:.0f}, with --full {FULL_CAP:.0f})")  # fmt: skip
     add("--smoke", action="store_true",
         help=f"{SMOKE} and every op on tiny images, one round: does it all run?")  # fmt: skip
     add("--list", action="store_true", help="print the names of all cases, or of those selected")

@@ -2,6 +2,8 @@
 
 import argparse
 import fnmatch
+import gc
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,8 @@ SMOKE = "resnet18"
 INFERENCE_BATCHES, TRAINING_BATCHES = (1, 16), (8,)
 #: Of everything there is.
 FULL_BATCHES = (1, 8, 16, 32, 128, 256)
-#: Seconds a case may take. DEFAULT's 18 cases are then done in half an hour.
-DEFAULT_CAP, FULL_CAP = 100.0, 300.0
+#: Seconds that the cases of DEFAULT may take together, and one of ``--full``.
+DEFAULT_BUDGET, FULL_CAP = 1800.0, 300.0
 
 
 class Overtime(BaseException):
@@ -87,7 +89,9 @@ def run_case(
     case: Case, pace: Pace, args: argparse.Namespace, environment: dict, tick: Tick
 ) -> list[dict]:
     """One case's results, as they go into JSON."""
-    torch._dynamo.reset()  # each network is its own program
+    if not case.shape:  # each network is its own program, and holds itself in cycles
+        torch._dynamo.reset()
+        gc.collect()
     tick("making inputs and the float64 reference", 0.0)
     work = case.make()
     chosen = [
@@ -156,17 +160,26 @@ class Progress:
             write_json(self.path, self.content)
 
 
-def cap_of(args: argparse.Namespace) -> float | None:
-    """Seconds a case may take."""
+def cap_of(args: argparse.Namespace, spent: float, cases: int) -> float | None:
+    """Seconds the next case may take, ``spent`` seconds after the start, of so many that are left.
+
+    Twice its share of DEFAULT_BUDGET's rest, as cases differ, where nothing else is asked for.
+    """
     if args.cap is not None or args.smoke:
         return args.cap
     if args.full:
         return FULL_CAP
-    return None if args.select else DEFAULT_CAP
+    left = max(DEFAULT_BUDGET - spent, 1.0)
+    return None if args.select else min(left, 2 * left / cases)
 
 
 def attempt(
-    case: Case, pace: Pace, args: argparse.Namespace, progress: Progress, tick: Tick
+    case: Case,
+    pace: Pace,
+    cap: float | None,
+    args: argparse.Namespace,
+    progress: Progress,
+    tick: Tick,
 ) -> list[dict[str, Any]]:
     """A case's results; none where it takes more memory or time than there is, which is noted.
 
@@ -178,7 +191,7 @@ def attempt(
     failed = False
     if case.memory <= there:
         try:
-            with at_most(cap_of(args), "it was not done", Overtime):
+            with at_most(cap, "it was not done", Overtime):
                 rows = run_case(case, pace, args, progress.content["environment"], tick)
         except Overtime as error:
             why = str(error)
@@ -229,10 +242,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             peaks[dtype] = machine.peak_flops(args.device, dtype, paces["op"])
 
     shown: list[dict[str, Any]] = []
+    start = time.monotonic()
     with screen(len(chosen)) as out:
         for i, case in enumerate(chosen):
             pace = paces["op" if case.shape else "network"]
-            shown += attempt(case, pace, args, progress, out.tick(i, case.name))
+            cap = cap_of(args, time.monotonic() - start, len(chosen) - i)
+            shown += attempt(case, pace, cap, args, progress, out.tick(i, case.name))
             last = i + 1 == len(chosen) or chosen[i + 1].what != case.what
             if shown and (last or not case.shape):
                 out.show(shown, progress.content)

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -181,6 +182,7 @@ def compare(
             for result in measure(several, inputs, expected, pace, tick, top5_shared(expected)):
                 known = {"case": case, "batch": batch, "dtype": dtype, "images": batch}
                 rows.append({**known, **result.as_dict()})
+            gc.collect()  # compiled networks hold themselves in cycles
             bar.update(task, completed=1.0, description=case)
     return rows
 

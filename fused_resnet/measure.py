@@ -6,7 +6,6 @@ The core of ``fused-resnet demo`` and of ``python -m bench``. :func:`kept_bytes`
 import contextlib
 import dataclasses
 import functools
-import gc
 import json
 import math
 import os
@@ -200,7 +199,6 @@ def measure(
     for name, taken in samples.items():
         results[name].samples = taken
     _compare(list(results.values()))
-    gc.collect()
     return list(results.values())
 
 

@@ -31,7 +31,19 @@ def test_the_default():
     found = [case.name for case in run.selected(bench.parse([]))]
     assert set(found) == expected
     assert len(found) == len(expected)
-    assert len(found) * run.DEFAULT_CAP <= 30 * 60
+
+
+def test_the_default_takes_half_an_hour():
+    """Whatever its cases take: here, each all that it may, and then each a tenth."""
+    asked = bench.parse([])
+    for part in (1.0, 0.1):
+        spent, caps = 0.0, []
+        for left in range(18, 0, -1):
+            caps.append(run.cap_of(asked, spent, left))
+            spent += part * caps[-1]
+        assert 0 < min(caps) <= 200 <= max(caps)
+        assert spent <= 30 * 60 + 18
+    assert run.cap_of(bench.parse(["--select", "resnet18/*"]), 0.0, 1) is None
 
 
 def test_everything(capsys):
