@@ -45,7 +45,7 @@ test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 aot-all: build
-	$(PY) tests/aot.py --all-configs --arch 80 86 89 90 100 120 $(ARGS)
+	$(PY) tests/aot.py --all-types --all-configs --arch 80 86 89 90 100 120 $(ARGS)
 
 bench: build
 	$(PY) -m bench $(ARGS)

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, for GPUs that need not be here, and looks at the code.
 
-    python tests/aot.py --arch 80 90 [--all-configs] [--op bn_act ...]
+    python tests/aot.py --arch 80 90 [--all-types] [--all-configs] [--op bn_act ...]
 
 The ops are called on meta tensors, where ``launch`` records what it would launch, and Triton
 compiles that by its own dispatch, for a GPU that is absent. A process of its own,
@@ -25,7 +25,7 @@ import absent_gpu  # noqa: E402, F401
 import aot_planted  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
-from aot_cases import CASES, Case  # noqa: E402
+from aot_cases import CASES, USUAL, Case  # noqa: E402
 from fused_resnet.triton_kernels import launch, ops  # noqa: E402
 from test_nvcc import maxima_that_lose_nan  # noqa: E402
 from triton.backends.nvidia import compiler as nvidia  # noqa: E402
@@ -114,6 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED))
     parser.add_argument("--op", nargs="+", default=list(ops.IMPLEMENTATIONS))
+    parser.add_argument("--all-types", action="store_true", help="what differs by a type as well")
     parser.add_argument("--all-configs", action="store_true")
     parser.add_argument("--planted", action="store_true", help="show that faults are found")
     asked = parser.parse_args()
@@ -121,13 +122,14 @@ def main() -> int:
         for this in aot_planted.planted():
             print(f"{this.kernel.fn.__name__}:", *examined(this, 90, True, set()))
         return 0
-    if missing := set(ops.IMPLEMENTATIONS) - {case.op for case in CASES}:
+    cases = CASES if asked.all_types else USUAL
+    if missing := set(ops.IMPLEMENTATIONS) - {case.op for case in cases}:
         print(f"no case in aot_cases.py for {', '.join(sorted(missing))}")
         return 1
     done: set[tuple[str, bool]] = set()
     failed = 0
     configs = range(MOST_CONFIGS) if asked.all_configs else [None]
-    work = [(a, c, i) for a in asked.arch for c in CASES if c.op in asked.op for i in configs]
+    work = [(a, c, i) for a in asked.arch for c in cases if c.op in asked.op for i in configs]
     for arch, case, config in work:
         for this in launches(case, arch, config):
             for fault in examined(this, arch, case.wide, done):

@@ -1,13 +1,12 @@
 """What tests/aot.py compiles: each op called on meta tensors, in every form that makes another
 kernel."""
 
-import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 
 
@@ -53,35 +52,6 @@ def add_maps_and_sums(x: Tensor, pooled: Tensor, pool: tuple[list[int], ...], wi
     add("bn_act_maxpool_backward", pooled, pooled, argmax, x, c, *batch, *pool, "relu")
 
 
-for dtype, layout in itertools.product(DTYPES, LAYOUTS):
-    last = layout == torch.channels_last
-    x, pooled = (image(32, 64, side, side, dtype=dtype, layout=layout) for side in (56, 28))
-    add_maps_and_sums(x, pooled, ([3, 3], [2, 2], [1, 1], [1, 1]), last)
-    # Channels that divide by 8 and not by 16, pixels that divide by nothing.
-    ragged = image(3, 24, 7, 7, dtype=dtype, layout=layout)
-    add("bn_act", ragged, *[vector(24, dtype)] * 2, None, "relu", wide=last)
-
-for dtype in DTYPES:
-    x = image(32, 64, 56, 56, dtype=dtype, layout=torch.channels_last)
-    for op, coeff in (("sum", None), ("sum", [1.0, 0.5]), ("prod", None), ("max", None)):
-        add("eltwise_act", [x, x], op, coeff, "relu", wide=True)
-    stored = torch.empty(64, dtype=dtype, device="meta")
-    add("bn_scale_shift", *[stored] * 4, 1e-5)
-    add("bn_scale_shift", stored, stored, None, None, 1e-5)
-    many = [x] * 3
-    for op, coeff in (("sum", [1.0, 0.5, 2.0]), ("prod", None), ("max", None)):
-        add("eltwise_act_backward", x, many, x, op, coeff, "relu", wide=True)
-    c = vector(64, dtype)
-    add("bn_finalize", c, c, 100.0, stored.to(c.dtype), c, stored, stored, 0.1, 1e-5)
-    add("bn_finalize", c, c, 100.0, None, None, None, None, 0.1, 1e-5)
-    weight = torch.empty(c.numel(), c.numel(), dtype=dtype, device="meta")
-    gram = torch.empty(c.numel(), c.numel(), dtype=torch.float64, device="meta")
-    add("gram_moments", gram, gram[0], c, 100.0)
-    product = gram.to(c.dtype)
-    add("gram_stats", weight, product, gram[0], c, 100.0)
-    add("gram_gradients", weight, product, c, c, c, c, None, 100.0)
-    add("gram_gradients", weight, product, c, c, c, c, c, 100.0)
-
 # Channels in and out, pixels along a side, kernel, stride, groups: ResNets', and what divides by 8.
 CONVOLUTIONS = (
     (128, 128, 28, 3, 1, 1),
@@ -94,6 +64,7 @@ CONVOLUTIONS = (
     (256, 256, 28, 3, 1, 32),
     (24, 40, 14, 3, 1, 1),
 )
+WIDE = (128, 512, 28, 1, 1, 1)  # large tiles in a weight's gradient as well
 
 
 def add_convolution(
@@ -183,23 +154,55 @@ def add_end(dtype: torch.dtype, c: int, k: int, side: int, kernel: int, batch: i
     add("conv_bn_act_avgpool", x, weight, of, of, y, *geometry, "relu")
 
 
-for dtype in DTYPES:
+def add_type(
+    dtype: torch.dtype,
+    convolutions: Sequence[tuple[int, ...]],
+    chains: Sequence[tuple[int, ...]],
+) -> None:
+    """Every op, on tensors of a type."""
+    for layout in LAYOUTS:
+        last = layout == torch.channels_last
+        x, pooled = (image(32, 64, side, side, dtype=dtype, layout=layout) for side in (56, 28))
+        add_maps_and_sums(x, pooled, ([3, 3], [2, 2], [1, 1], [1, 1]), last)
+        # Channels that divide by 8 and not by 16, pixels that divide by nothing.
+        ragged = image(3, 24, 7, 7, dtype=dtype, layout=layout)
+        add("bn_act", ragged, *[vector(24, dtype)] * 2, None, "relu", wide=last)
+    x = image(32, 64, 56, 56, dtype=dtype, layout=torch.channels_last)
+    for op, coeff in (("sum", None), ("sum", [1.0, 0.5]), ("prod", None), ("max", None)):
+        add("eltwise_act", [x, x], op, coeff, "relu", wide=True)
+    stored = torch.empty(64, dtype=dtype, device="meta")
+    add("bn_scale_shift", *[stored] * 4, 1e-5)
+    add("bn_scale_shift", stored, stored, None, None, 1e-5)
+    many = [x] * 3
+    for op, coeff in (("sum", [1.0, 0.5, 2.0]), ("prod", None), ("max", None)):
+        add("eltwise_act_backward", x, many, x, op, coeff, "relu", wide=True)
+    c = vector(64, dtype)
+    add("bn_finalize", c, c, 100.0, stored.to(c.dtype), c, stored, stored, 0.1, 1e-5)
+    add("bn_finalize", c, c, 100.0, None, None, None, None, 0.1, 1e-5)
+    weight = torch.empty(c.numel(), c.numel(), dtype=dtype, device="meta")
+    gram = torch.empty(c.numel(), c.numel(), dtype=torch.float64, device="meta")
+    add("gram_moments", gram, gram[0], c, 100.0)
+    product = gram.to(c.dtype)
+    add("gram_stats", weight, product, gram[0], c, 100.0)
+    add("gram_gradients", weight, product, c, c, c, c, None, 100.0)
+    add("gram_gradients", weight, product, c, c, c, c, c, 100.0)
     add_end(dtype, 512, 2048, 7, 1)
     add_end(dtype, 512, 512, 7, 3)
     add_stem(dtype, (32, 3, 224, 224), 64, 7, 2, 3, 2)
-    every = dtype in (torch.bfloat16, torch.float32)
-    for convolution in CONVOLUTIONS if every else CONVOLUTIONS[:3]:
+    for convolution in convolutions:
         add_convolution(dtype, *convolution)
-    for convolution in CONVOLUTIONS[:3] if every else CONVOLUTIONS[1:2]:
+    for convolution in chains:
         add_chain(dtype, *convolution)
-    if dtype == torch.bfloat16:  # large tiles in a weight's gradient as well
-        add_chain(dtype, 128, 512, 28, 1, 1, 1)
     x = image(32, 64, 56, 56, dtype=dtype, layout=torch.channels_last)
     centre = vector(64, dtype)
     add("bn_act_gram", x, centre, centre, centre, "relu", 1)
     ragged = image(32, 24, 56, 56, dtype=dtype, layout=torch.channels_last)
     centre = vector(24, dtype)
     add("bn_act_gram", ragged, None, None, centre, "none", 2)
+
+
+add_type(torch.bfloat16, CONVOLUTIONS, (*CONVOLUTIONS[:3], WIDE))
+add_type(torch.float32, CONVOLUTIONS[:3], CONVOLUTIONS[:3])
 
 # Lengths of one, which Triton compiles as constants: of batches, images, channels, groups, ranges.
 dtype = torch.bfloat16
@@ -228,3 +231,10 @@ for convolution in (
     add_convolution(dtype, *convolution, batch=1)
     if convolution[4] == 1:
         add_chain(dtype, *convolution, batch=1)
+
+#: What ``make test`` compiles; the rest differs from it by the name of a type.
+USUAL = tuple(CASES)
+for dtype in (torch.float16, torch.float64):
+    add_type(dtype, CONVOLUTIONS[:3], CONVOLUTIONS[1:2])
+for convolution in CONVOLUTIONS[3:]:
+    add_convolution(torch.float32, *convolution)

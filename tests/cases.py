@@ -373,7 +373,8 @@ def verify(
 
     Values by the rule of tolerances.py; output laid out as eager's on the CPU, since on CUDA that
     depends on whose kernel torch takes; inputs as they were; the same bits from a second run and,
-    of our own kernels, with one thread, or with emulated ones in another order.
+    of our own kernels, with one thread, or with emulated ones in another order, of which every seed
+    has its own.
 
     Args:
         ours, eager: take what ``inputs`` returns as keyword arguments, and return a tensor or
@@ -387,10 +388,11 @@ def verify(
         given = backend.move(made)
         before = of_tensors(lambda t: (t.clone(), t.stride()), given)
         with fused_resnet.use_engine(backend.engine):
-            result = ours(**given)
             with simt_engine.scheduled(seed) if backend.engine == "simt" else nullcontext():
-                if backend != ("cpu", "triton"):  # interpreted, in one order
-                    assert_identical(ours(**given), result, "two runs")
+                result = ours(**given)
+            # Emulated kernels are slow: of one seed. Interpreted ones know one order.
+            if not backend.emulated or (backend.engine == "simt" and seed == SEEDS[0]):
+                assert_identical(ours(**given), result, "two runs")
             if backend == ("cpu", "native"):
                 assert_identical(at_threads(1, ours, **given), result, "one thread and two")
             if imagined and backend == ("cpu", "reference") and seed == SEEDS[0]:

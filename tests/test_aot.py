@@ -20,8 +20,9 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
-def test_every_kernel_compiles_well(arch):
-    done = run("aot.py", "--arch", arch)
+@pytest.mark.parametrize("types", [(), pytest.param(("--all-types",), marks=pytest.mark.slow)])
+def test_every_kernel_compiles_well(types, arch):
+    done = run("aot.py", "--arch", arch, *types)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) kernels compiled", done.stdout)[1]) > 40
 

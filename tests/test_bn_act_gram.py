@@ -35,7 +35,7 @@ _ROWS = TILE["kMostGramRows"][0]
 CASES = [
     *(((2, n, 3, 5), 1) for n in around(*set(TILE["kGramRows"]), 3 * 16)),
     *(((1, 5, 1, n), 1) for n in (7, 8, 9, _ROWS - 1, _ROWS, _ROWS + 1)),
-    ((1, 300, 21, 30), 1),
+    ((1, 150, 21, 30), 1),
     ((2, 20, 7, 9), 2),
     ((2, 20, 8, 5), 3),
     ((60, 16, 3, 4), 2),  # many images in a stage of the GPU's, and

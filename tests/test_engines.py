@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -236,11 +238,18 @@ def test_isa_is_the_one_asked_for():
     assert _C.isa() == os.environ.get("FUSED_RESNET_ISA", isas()[-1])
 
 
-@pytest.mark.parametrize("name", [name for name in isas() if name != _C.isa()])
-def test_ops_with_isa(name):
+def shares(names: Sequence[str]) -> list[Any]:
+    """Each with a part of the tests that is its own; with --full, each with all of them as well."""
+    parts = [pytest.param(name, f"{i}/{len(names)}", id=name) for i, name in enumerate(names)]
+    return [*parts, *(pytest.param(n, "0/1", id=f"{n}-all", marks=pytest.mark.slow) for n in names)]
+
+
+@pytest.mark.parametrize(("name", "part"), shares([name for name in isas() if name != _C.isa()]))
+def test_ops_with_isa(name, part):
     """The cases of the native engine, again, in a process that is held to one instruction set."""
     files = [f"tests/test_{each}.py" for each in (*engines.OPS, "engines")]
-    options = ["-q", "-m", "isa", "-p", "no:cacheprovider", "-p", "no:xdist", "--require=all"]
+    options = ["-m", "isa", "-p", "no:cacheprovider", "-p", "no:xdist", "--require=all"]
+    options += ["--part", part]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         cwd=ROOT,
@@ -250,4 +259,5 @@ def test_ops_with_isa(name):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+    assert f"isa {name}," in done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500

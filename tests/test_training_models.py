@@ -31,7 +31,7 @@ SMALL = 64
 
 #: (network, pixels, seeds that keep to TIPPING). By default resnet50's images are just large enough
 #: for layer4 to see more than a pixel: its float64 run takes most of the time.
-CASES = [("resnet18", 64, (0, 1, 3)), ("resnet50", 40, (0, 2))]
+CASES = [("resnet18", 64, (0, 1)), ("resnet50", 40, (0,))]
 LARGE = [
     ("resnet18", 64, (0, 1, 3)),
     ("resnet50", 64, (0, 5, 6)),
