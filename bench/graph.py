@@ -4,13 +4,10 @@ training step, whose gradients lie where the capture put them."""
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fused_resnet.graphs import Recording
 from fused_resnet.measure import EAGER, PEER, Runner, Variant
-
-#: Calls before the capture: by then everything is compiled, tuned and allocated.
-WARM_UP = 3
 
 
 def replayed(v: Variant, example: Tensor) -> Variant:
@@ -19,20 +16,12 @@ def replayed(v: Variant, example: Tensor) -> Variant:
     def prepare() -> Runner:
         runner = v.prepare()
         static = runner.feed(example).clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                runner.run(static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = runner.run(static)
+        recording = Recording(lambda: runner.run(static))
 
         def run(x: Tensor) -> Any:
             static.copy_(x)
-            graph.replay()
-            return output
+            recording.replay()
+            return recording.outputs
 
         # The next replay writes where this one did.
         return Runner(run, runner.feed, lambda y: runner.read(y).clone())

@@ -13,6 +13,7 @@ from .blocks import Fused, Group, Pair
 from .conditions import pair_obstacle, plain, uses_batch_statistics
 from .convert import check_model, fuse, unfuse
 from .frozen_conv import FOLD_BOUND, FrozenConv, pair_in_steps
+from .graphs import Graphs
 from .measure import error_of, within
 from .reference import accumulation_dtype
 
@@ -29,6 +30,7 @@ class Frozen(nn.Module):
         unfolded: layers that keep their BatchNorm's scale apart because folding would cost
             accuracy, and what it would cost.
         failed: by layer, the engines that could not run it on the example, and what they raised.
+        graphs: where :meth:`use_graphs` was called, which shapes run as CUDA graphs.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -39,6 +41,7 @@ class Frozen(nn.Module):
         self.layer_errors: dict[str, dict[str, dict[str, float]]] = {}
         self.unfolded: dict[str, str] = {}
         self.failed: dict[str, dict[str, str]] = {}
+        self.graphs: Graphs | None = None
         super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +62,31 @@ class Frozen(nn.Module):
         args, kwargs = tree_map(prepare, (args, kwargs))
         # The dtype was chosen when freezing: autocast has no say any more.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            if self.graphs is not None:
+                return self.graphs.run(self.model, args, kwargs)
             return self.model(*args, **kwargs)
+
+    def use_graphs(self, on: bool = True) -> "Frozen":
+        """Launch a call's kernels at once, as a CUDA graph, for each shape of inputs.
+
+        A shape is captured at its first call, which takes some milliseconds and holds the memory of
+        all that is between inputs and outputs, and replayed from then on where that is faster;
+        ``graphs.ways`` tells. Replays do what the first call did: what changes the model afterwards
+        (hooks, or tensors put in the place of its own; not ``load_state_dict`` of its layers) needs
+        another ``use_graphs()``. Copies of the model keep the wish, and no graph; files neither.
+
+        Returns:
+            The model.
+
+        Raises:
+            RuntimeError: the model is not on a CUDA device.
+        """
+        if on and self.device.type != "cuda":
+            raise RuntimeError(
+                f"use_graphs: the model must be on a CUDA device, is on {self.device}"
+            )
+        self.graphs = Graphs() if on else None
+        return self
 
     def train(self, mode: bool = True) -> "Frozen":
         if mode:
@@ -75,6 +102,8 @@ class Frozen(nn.Module):
                 f"frozen model: it stays {self.dtype} on {self.device}, asked for {moved.dtype} on "
                 f"{moved.device}; freeze the source again instead"
             )
+        if self.graphs is not None:
+            self.graphs = Graphs()
         return super()._apply(fn, recurse)
 
 

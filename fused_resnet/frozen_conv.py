@@ -80,6 +80,9 @@ class FrozenConv(nn.Module):
     made again after copying, loading and moving, and never saved.
     """
 
+    #: How often any layer's tensors may have moved.
+    changes = 0
+
     weight: Tensor
     scale: Tensor | None
     shift: Tensor
@@ -231,6 +234,7 @@ class FrozenConv(nn.Module):
     def forget(self) -> None:
         """Drop what is derived from the weight; the next call makes it again."""
         self._packed = self._folded = None
+        FrozenConv.changes += 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.forget()
