@@ -96,6 +96,7 @@ def figures(row: Row) -> dict[str, str]:
         "max error": _error(row["error"]["max"]) if row["error"] else "",
         "kept": _megabytes(row.get("kept")),
         "growth": _megabytes(row.get("growth")),
+        "energy an image": _energy(row),
     }
 
 
@@ -106,6 +107,10 @@ def _start(row: Row) -> str:
     if start is None or not is_network(row):
         return ""
     return f"{start:.1f} s" if first is None else f"{start:.1f} s ({first:.1f})"
+
+
+def _energy(row: Row) -> str:
+    return "" if row.get("joules") is None else f"{1e3 * row['joules'] / row['images']:.0f} mJ"
 
 
 def _megabytes(value: int | None) -> str:

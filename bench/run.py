@@ -14,6 +14,7 @@ from bench import (
     blocks,
     cases,
     compare,
+    energy,
     floors,
     machine,
     ops,
@@ -109,6 +110,7 @@ def run_case(
         tick,
         seconds=clock(args.device, cold=bool(case.shape)),
         patience=args.patience,
+        watch=None if case.shape or energy.absent(args.device) else energy.of_calls,
     )
     known = {"case": case.name, "what": case.what, "batch": case.batch}
     known |= {"dtype": case.dtype, "images": case.batch, "flops": work.flops, "bytes": work.bytes}
@@ -227,7 +229,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     chosen = selected(args)
     environment = {**facts.environment(), "commit": commit(), "device": args.device}
     content = {"schema": 1, "command": "bench", "environment": environment, "size": args.size}
-    content["absent"] = peers.absent(args.device)
+    content["absent"] = {**peers.absent(args.device), **energy.absent(args.device)}
     progress = Progress.of(args, {**content, "results": [], "skipped": []})
     done = progress.done()
     chosen = [case for case in chosen if case.name not in done]

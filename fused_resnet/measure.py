@@ -156,6 +156,7 @@ def measure(
     inspect: Callable[[Tensor], dict[str, Any]] = lambda output: {},
     seconds: Clock | None = None,
     patience: float | None = None,
+    watch: Callable[[Callable[[], Any]], dict[str, Any]] | None = None,
 ) -> list[Result]:
     """Compare variants of one computation.
 
@@ -169,6 +170,7 @@ def measure(
         inspect: makes further facts of a variant's outputs.
         seconds: a :func:`clock`, by default the CPU's.
         patience: for how many seconds a peer may prepare; after that it has failed.
+        watch: makes further facts of a variant by calling it, when all are timed.
 
     Returns:
         A result for each variant, in their order.
@@ -196,8 +198,9 @@ def measure(
             calls[v.name] = functools.partial(runner.run, fed)
         _judge(results, calls)
         samples = interleave(calls, pace, lambda what, part: tick(what, 0.5 + 0.5 * part), seconds)
-    for name, taken in samples.items():
-        results[name].samples = taken
+        for name, taken in samples.items():
+            results[name].samples = taken
+            results[name].facts |= watch(calls[name]) if watch is not None else {}
     _compare(list(results.values()))
     return list(results.values())
 
