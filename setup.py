@@ -42,6 +42,9 @@ def ninja_lines(variables, module, cuda):
     for isa in ("generic", "avx2", "avx512", "avx512bf16") if X86 else ("generic",):
         flags = f"${isa} -DFUSED_RESNET_ISA={isa}"
         kernels += objects("csrc/kernels/cpu/*.cpp", flags, tag=f".{isa}", but=dispatch)
+    if X86:  # what multiplies bytes has an instruction set of its own
+        flags, name = "$avx512vnni -DFUSED_RESNET_ISA=avx512vnni", "csrc/kernels/cpu/conv_int8.cpp"
+        kernels += objects(name, flags, tag=".avx512vnni")
     ops = objects("csrc/torch/schema.cpp", "$glue") + objects("csrc/torch/ops_cpu.cpp", "$glue")
     edge("_ops_cpu.so", "link", ops + kernels, "$cpu_libs")
     edge(module, "link", objects("csrc/python/*.cpp", "$python $facts") + kernels, "")

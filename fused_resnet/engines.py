@@ -9,6 +9,9 @@ triton     our Triton kernels
 vendor     torch's own convolution with our kernels around it; elsewhere the same as native
 ========== ================================================================================
 
+The ops of 8-bit inference (INT8_OPS), which :func:`fused_resnet.freeze` alone takes, are on
+``reference`` and, on CPUs, on ``native``: elsewhere they have no kernels.
+
 ``auto``, the default, takes the safe choice for what is asked. Any other wish is met or raises.
 What was measured to be faster is wished for, around a call: see :mod:`fused_resnet.tuning`.
 """
@@ -22,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import native, reference, reference_chain, reference_training, vendor
+from . import native, reference, reference_chain, reference_int8, reference_training, vendor
 from ._C import cpu_features
 
 ENGINES = ("auto", "reference", "native", "triton", "vendor")
@@ -65,6 +68,8 @@ CHAIN_OPS = (
 )
 #: Those that pool what they convolve where an engine has them, see :func:`pools`.
 POOL_OPS = ("conv_bn_act_maxpool", "conv_bn_act_avgpool")
+#: Those of 8-bit inference, which CPUs alone have. In place of a dtype they are asked for float32.
+INT8_OPS = ("quantize", "conv_int8")
 # What torch has convolutions for, our kernels being around them.
 _CONVOLUTIONS = ("conv_bn_act", "conv_dgrad", "conv_wgrad")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -78,7 +83,8 @@ _HAS_MATRIX_UNITS = "amx-bf16" in cpu_features()
 def registered(namespace: str, key: str) -> frozenset[str]:
     """The ops that a namespace implements for a dispatch key."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(op for op in OPS + CHAIN_OPS + POOL_OPS if has(f"{namespace}::{op}", key))
+    ops = OPS + CHAIN_OPS + POOL_OPS + INT8_OPS
+    return frozenset(op for op in ops if has(f"{namespace}::{op}", key))
 
 
 class Library(NamedTuple):
@@ -290,8 +296,8 @@ def allows_tf32() -> bool:
 def implementation(op: str, engine: str) -> Callable[..., Any]:
     """The callable that runs ``op`` on ``engine``; all take the arguments of the op's schema."""
     if engine == "reference":
-        where = reference_chain if op in CHAIN_OPS else reference
-        return getattr(reference_training if op in TRAINING_OPS else where, op)
+        several = (reference, reference_training, reference_chain, reference_int8)
+        return next(getattr(where, op) for where in several if hasattr(where, op))
     if engine == "vendor" and op.removesuffix("_") in _CONVOLUTIONS:
         return getattr(vendor, op)
     implemented = getattr(getattr(torch.ops, LIBRARIES[engine].namespace), op).default

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from . import native_chain, native_training, reference, whole_chain
+from . import native_chain, native_int8, native_training, reference, whole_chain
 
 NAMESPACES = ("fused_resnet", "fused_resnet_triton")
 
@@ -196,6 +196,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "conv_bn_act_avgpool": _fake_conv_bn_act_avgpool,
     **native_training.FAKES,
     **native_chain.FAKES,
+    **native_int8.FAKES,
     **whole_chain.FAKES,
 }
 

@@ -31,7 +31,7 @@ DTYPES = engines.DTYPES
 HALF = (torch.bfloat16, torch.float16)
 EPS = 1e-5
 
-_OPS = engines.OPS + engines.CHAIN_OPS + engines.POOL_OPS
+_OPS = engines.OPS + engines.CHAIN_OPS + engines.POOL_OPS + engines.INT8_OPS
 #: The engines under test. One that only passes on to another for an op is not listed for it.
 ENGINES = {
     "reference": _OPS,
@@ -420,5 +420,6 @@ def isas() -> tuple[str, ...]:
         "avx2": {"avx2", "fma"},
         "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
     }
-    wanted["avx512bf16"] = wanted["avx512"] | {"avx512bf16"}
+    wanted["avx512vnni"] = wanted["avx512"] | {"avx512vnni"}
+    wanted["avx512bf16"] = wanted["avx512vnni"] | {"avx512bf16"}
     return tuple(name for name, features in wanted.items() if features <= has)

@@ -18,6 +18,7 @@ AUXILIARY = {
     "bn_act_": "bn_act",
     "bn_act_backward_": "bn_act_backward",
     "conv_dgrad_": "conv_dgrad",
+    "conv_int8_pack": "conv_int8",
     "conv_pack": "conv_bn_act",
 }
 #: Arguments that say how, not what: they are chosen, and not the user's.
@@ -25,7 +26,7 @@ INTERNAL = ("packed", "tf32", "wgmma")
 #: What training.py is, op by op, in one: no kernel of its own, hence no engine's choice.
 WHOLE = tuple(whole_chain.FAKES)
 #: What not every engine has.
-SOME_ENGINES = engines.CHAIN_OPS + engines.POOL_OPS
+SOME_ENGINES = engines.CHAIN_OPS + engines.POOL_OPS + engines.INT8_OPS
 OPS = [op for op in DECLARED if op not in (*AUXILIARY, *SOME_ENGINES, *WHOLE)]
 
 
@@ -56,7 +57,7 @@ def test_schema_is_read_as_it_is_registered():
         for op in DECLARED:
             assert hasattr(getattr(torch.ops, namespace), op), (namespace, op, registered)
     assert {*AUXILIARY, *WHOLE} < set(DECLARED)
-    assert set(AUXILIARY.values()) <= set(OPS)
+    assert set(AUXILIARY.values()) <= {*OPS, *SOME_ENGINES}
 
 
 def test_ops_are_those_that_engines_choose_for():
@@ -82,7 +83,7 @@ def test_op_of_some_engines_is_declared_as_specified(op):
     assert signature(engines.implementation(op, "reference")) == declared(op)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "bn_scale_shift"])
+@pytest.mark.parametrize("op", [op for op in (*OPS, *engines.INT8_OPS) if op != "bn_scale_shift"])
 def test_cpu_kernel_is_in_the_file_of_its_name(op):
     assert (KERNELS / "cpu" / f"{op}.cpp").is_file()
 

@@ -31,6 +31,7 @@ SIZES = {
     "FR_FLAT_ROW": TILE["kFlatRow"][0],
     "FR_CHUNK_STEPS": TILE["kChunkSteps"][0],
     "FR_MOST_OUT_CHANNELS": TILE["kMostOutChannels"][0],
+    "FR_QUANTIZE_GRAIN": TILE["kQuantizeGrain"][0],
 }
 
 

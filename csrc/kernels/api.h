@@ -404,8 +404,8 @@ FUSED_RESNET_OPS(FUSED_RESNET_ON_POOL)
 int64_t conv_packed_size(DType dtype, const ConvShape& shape);
 DType conv_packed_dtype(DType dtype);
 
-// The instruction set the kernels run with: the best of "avx512bf16", "avx512", "avx2" and
-// "generic" that the processor and the build have, or the one FUSED_RESNET_ISA names.
+// The instruction set the kernels run with: the best of "avx512bf16", "avx512vnni", "avx512",
+// "avx2" and "generic" that the processor and the build have, or the one FUSED_RESNET_ISA names.
 const char* isa();
 
 }  // namespace cpu

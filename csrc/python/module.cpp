@@ -47,6 +47,8 @@ PYBIND11_MODULE(_C, module) {
       "How this build was made: torch, cuda (empty: left out, see cuda_why_not), cuda_archs, "
       "compiler.");
   module.def("cpu_features", &cpu_features, "Vector extensions of this processor, by GCC's names.");
-  module.def("isa", &fused_resnet::cpu::isa,
-             "The instruction set the CPU kernels run with: avx512bf16, avx512, avx2 or generic.");
+  module.def(
+      "isa", &fused_resnet::cpu::isa,
+      "The instruction set the CPU kernels run with: avx512bf16, avx512vnni, avx512, avx2 or "
+      "generic.");
 }

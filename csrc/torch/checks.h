@@ -45,6 +45,10 @@ inline const char* name(ScalarType t) {
       return "bfloat16";
     case ScalarType::Half:
       return "float16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
     default:
       return "a type that is not floating point";
   }

@@ -1,6 +1,7 @@
 // The CPU engine's registration.
 #include "ops.h"
 #include "ops_chain_backward.h"
+#include "ops_int8.h"
 #include "ops_training.h"
 #include "ops_training_conv.h"
 #include "ops_training_gram.h"
@@ -26,12 +27,16 @@ struct Cpu {
 #define FR_LAUNCH(op, Args) \
   Status launch(const Args& args) { return cpu::op(args, pool()); }
   FUSED_RESNET_OPS(FR_LAUNCH)
+  FUSED_RESNET_INT8_OPS(FR_LAUNCH)
 #undef FR_LAUNCH
 
   static int64_t packed_size(DType dtype, const ConvShape& shape) {
     return cpu::conv_packed_size(dtype, shape);
   }
   static DType packed_dtype(DType dtype) { return cpu::conv_packed_dtype(dtype); }
+  static int64_t int8_packed_size(const ConvShape& shape) {
+    return cpu::conv_int8_packed_size(shape);
+  }
 };
 
 }  // namespace
@@ -46,6 +51,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift<Cpu>));
   library.impl("conv_pack", TORCH_BOX(&conv_pack<Cpu>));
   library.impl("conv_bn_act", TORCH_BOX(&conv_bn_act<Cpu>));
+  library.impl("quantize", TORCH_BOX(&quantize<Cpu>));
+  library.impl("conv_int8_pack", TORCH_BOX(&conv_int8_pack<Cpu>));
+  library.impl("conv_int8", TORCH_BOX(&conv_int8<Cpu>));
   library.impl("bn_stats", TORCH_BOX(&bn_stats<Cpu>));
   library.impl("bn_finalize", TORCH_BOX(&bn_finalize<Cpu>));
   library.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce<Cpu>));

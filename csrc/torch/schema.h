@@ -82,6 +82,15 @@ inline constexpr const char* kOps[] = {
 
     "conv_pack(Tensor weight, int groups) -> Tensor",
 
+    // Of 8-bit inference, which CPUs alone have.
+    "quantize(Tensor x, float scale, int zero) -> Tensor",
+
+    "conv_int8_pack(Tensor weight, int groups) -> Tensor",
+
+    "conv_int8(Tensor x, int x_zero, Tensor weight, Tensor scale, Tensor shift, Tensor? residual,"
+    " float residual_scale, int[] stride, int[] padding, int[] dilation, int groups, str act,"
+    " int? out_zero, Tensor? packed=None) -> Tensor",
+
     "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"
     " int[] stride, int[] padding, int[] dilation, int groups, str act, Tensor? packed=None,"
     " bool tf32=False, bool wgmma=False) -> Tensor",

@@ -175,6 +175,7 @@ inline void lay_out_weight(const fused_resnet::ConvShape& s, int layout, int64_t
 
 void check_conv_bn_act();
 void check_conv_dgrad();
+void check_conv_int8();
 void check_conv_wgrad();
 void check_bn_act();
 void check_bn_scale_shift();

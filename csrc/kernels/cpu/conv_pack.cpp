@@ -5,12 +5,8 @@ FR_NAMESPACE_BEGIN
 Status conv_pack(const ConvPackArgs& args, const Pool& pool) {
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const Panels panels = panels_of<T>(args.shape);
-    parallel(pool, panels.count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        pack_panel(panels, args.shape, static_cast<const T*>(args.weight), args.weight_stride, i,
-                   static_cast<Element<T>*>(args.packed) + i * panels.elements());
-    });
+    pack_panels<T>(panels_of<T>(args.shape), args.shape, static_cast<const T*>(args.weight),
+                   args.weight_stride, static_cast<Element<T>*>(args.packed), pool);
     return Status::ok;
   });
 }

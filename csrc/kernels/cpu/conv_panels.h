@@ -2,11 +2,11 @@
 // stored [tap][depth][width], so that the innermost loop reads it straight through. Grouped
 // convolutions are packed block-diagonally: a panel spans as many groups as its outputs belong to,
 // reads all of their input channels, and holds zeros where output and input are of different
-// groups. Where the processor multiplies bf16 in pairs, a step of depth is a pair of input channels
-// and the panel is stored [tap][depth][width][2].
+// groups. Where the processor multiplies narrow types in pairs or quads, a step of depth is that
+// many input channels and the panel is stored [tap][depth][width][2 or 4].
 #pragma once
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -46,8 +46,31 @@ struct ElementOf<bf16> {
   using type = bf16;
 };
 #endif
+#if defined(__AVX512VNNI__)
+template <>
+struct ElementOf<uint8_t> {
+  using type = uint8_t;
+};
+#elif defined(__AVX2__)
+template <>
+struct ElementOf<uint8_t> {
+  using type = int16_t;
+};
+#endif
 template <class T>
 using Element = typename ElementOf<T>::type;
+
+// What a weight is given as.
+template <class T>
+struct WeightOf {
+  using type = T;
+};
+template <>
+struct WeightOf<uint8_t> {
+  using type = int8_t;
+};
+template <class T>
+using Weight = typename WeightOf<T>::type;
 
 // Elements multiplied into one lane of an accumulator in one step, and in all of a vector.
 template <class T>
@@ -64,12 +87,17 @@ template <>
 struct RegisterOf<double> {
   using type = double __attribute__((vector_size(kRegisterBytes)));
 };
+template <>
+struct RegisterOf<int32_t> {
+  using type = int32_t __attribute__((vector_size(kRegisterBytes)));
+};
 template <class T>
 using Register = typename RegisterOf<Acc<T>>::type;
+using RegisterU32 = uint32_t __attribute__((vector_size(kRegisterBytes)));
 constexpr int kRegisters = 64 / kRegisterBytes;  // of a vector
 
-// One step's weights, one step's input in every lane, and their product. A register of pairs is
-// held as the bits of accumulators.
+// One step's weights, one step's input in every lane, and their product. A register of pairs or
+// quads is held as the bits of accumulators.
 template <class T, class P>
 FR_VEC Register<T> load_register(const P* p) {
   Register<T> v;
@@ -82,9 +110,9 @@ FR_VEC Register<T> splat_step(const Element<T>* p) {
   if constexpr (kPer<T> == 1) {
     return *p - Register<T>{};
   } else {
-    uint32_t pair;
-    __builtin_memcpy(&pair, p, 4);
-    return (Register<T>)(pair - VecU32{});
+    uint32_t step;
+    __builtin_memcpy(&step, p, 4);
+    return (Register<T>)(step - RegisterU32{});
   }
 }
 
@@ -93,6 +121,23 @@ FR_VEC void multiply_add(Register<T>& sum, Register<T> x, Register<T> w) {
 #if defined(__AVX512BF16__)
   if constexpr (kPer<T> == 2) {
     sum = (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+    return;
+  }
+#endif
+  // Of bytes every sum is exact: those of pairs, widened first, too. vpmaddubsw's would saturate.
+#if defined(__AVX512VNNI__)
+  if constexpr (kPer<T> == 4) {
+    sum = (Register<T>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+    return;
+  }
+#elif defined(__AVX512BW__)
+  if constexpr (sizeof(Element<T>) == 2) {
+    sum += (Register<T>)_mm512_madd_epi16((__m512i)x, (__m512i)w);
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Element<T>) == 2) {
+    sum += (Register<T>)_mm256_madd_epi16((__m256i)x, (__m256i)w);
     return;
   }
 #endif
@@ -265,20 +310,40 @@ FR_VEC void pack_rows(const Panels& p, const ConvShape& s, const T* weight, cons
     }
 }
 
-// The element a value of T is multiplied as.
+// What one of a weight's values is multiplied as; of bytes the bits are kept.
 template <class T>
-FR_VEC Element<T> element(const T* from) {
-  if constexpr (kPer<T> == 1)
+FR_VEC Element<T> element(const Weight<T>* from) {
+  if constexpr (sizeof(*from) == 1)
+    return static_cast<Element<T>>(*from);
+  else if constexpr (kPer<T> == 1)
     return load_one(from);
   else
     return *from;
 }
 
+// One panel, value by value.
+template <class T>
+FR_VEC void pack_values(const Panels& p, const ConvShape& s, const Weight<T>* weight,
+                        const int64_t* stride, int64_t index, Element<T>* to) {
+  const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
+  const int64_t first = first_channel(p, s, index), begin = index * p.width;
+  for (int64_t c = 0; c < p.depth * p.per; ++c)
+    for (int64_t tap = 0; tap < p.taps; ++tap) {
+      Element<T>* row = to + (tap * p.depth + c / p.per) * p.width * p.per + c % p.per;
+      const Weight<T>* from =
+          weight + tap / s.kernel[1] * stride[2] + tap % s.kernel[1] * stride[3];
+      for (int64_t k = 0; k < p.width; ++k) {
+        const int64_t in = first + c - (begin + k) / group_out * group_in;
+        const bool own = begin + k < s.out_channels && in >= 0 && in < group_in;
+        row[k * p.per] =
+            own ? element<T>(from + (begin + k) * stride[0] + in * stride[1]) : Element<T>{};
+      }
+    }
+}
+
 template <class T>
 FR_VEC void pack_panel(const Panels& p, const ConvShape& s, const T* weight, const int64_t* stride,
                        int64_t index, Element<T>* to) {
-  const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
-  const int64_t first = first_channel(p, s, index);
   const int64_t begin = index * p.width;
   const int64_t columns = s.out_channels - begin < p.width ? s.out_channels - begin : p.width;
   if (s.groups == 1 && stride[0] == 1) {
@@ -301,17 +366,23 @@ FR_VEC void pack_panel(const Panels& p, const ConvShape& s, const T* weight, con
       return;
     }
   }
-  for (int64_t c = 0; c < p.depth * p.per; ++c)
-    for (int64_t tap = 0; tap < p.taps; ++tap) {
-      Element<T>* row = to + (tap * p.depth + c / p.per) * p.width * p.per + c % p.per;
-      const T* from = weight + tap / s.kernel[1] * stride[2] + tap % s.kernel[1] * stride[3];
-      for (int64_t k = 0; k < p.width; ++k) {
-        const int64_t in = first + c - (begin + k) / group_out * group_in;
-        const bool own = k < columns && in >= 0 && in < group_in;
-        row[k * p.per] =
-            own ? element(from + (begin + k) * stride[0] + in * stride[1]) : Element<T>{};
-      }
-    }
+  pack_values<T>(p, s, weight, stride, index, to);
+}
+
+// Bytes are packed once, when a model is frozen.
+FR_VEC void pack_panel(const Panels& p, const ConvShape& s, const int8_t* weight,
+                       const int64_t* stride, int64_t index, Element<uint8_t>* to) {
+  pack_values<uint8_t>(p, s, weight, stride, index, to);
+}
+
+// All panels of a weight.
+template <class T>
+FR_VEC void pack_panels(const Panels& p, const ConvShape& s, const Weight<T>* weight,
+                        const int64_t* stride, Element<T>* to, const Pool& pool) {
+  parallel(pool, p.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pack_panel(p, s, weight, stride, i, to + i * p.elements());
+  });
 }
 
 FR_NAMESPACE_END

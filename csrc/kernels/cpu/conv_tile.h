@@ -2,6 +2,7 @@
 // channels, from the first product to the stored result.
 #pragma once
 
+#include "../api_int8.h"
 #include "../math.h"
 #include "conv_panels.h"
 
@@ -24,24 +25,47 @@ struct Groups {
   int64_t channels;  // of all input
 };
 
+// What a convolution of T is called with.
+template <class T>
+struct ArgsOf {
+  using type = ConvBnActArgs;
+};
+template <>
+struct ArgsOf<uint8_t> {
+  using type = ConvInt8Args;
+};
+template <class T>
+using ConvArgs = typename ArgsOf<T>::type;
+
+// Of what type a convolution's scale and shift are.
+template <class T>
+struct FactorOf {
+  using type = Acc<T>;
+};
+template <>
+struct FactorOf<uint8_t> {
+  using type = float;
+};
+template <class T>
+using Factor = typename FactorOf<T>::type;
+
 template <class T>
 struct TileArgs {
-  using A = Acc<T>;
   // Where row r reads its input for kernel position `tap`: rows[r * taps + tap] + offset.
   const Element<T>* const* rows;
   const Reach* reach;  // of each tap
   int64_t taps, offset, depth;
   const Element<T>* panel[2];  // the second only where a tile is two panels wide
-  const A* scale;              // of the tile's first channel, as all that follows
-  const A* shift;
-  const T* residual;
-  T* out;
-  int64_t pixel;  // elements from one output pixel to the next
-  int64_t ahead;  // and to the output that is to be prefetched, so many pixels at a time
+  const Factor<T>* scale;      // of the tile's first channel, as all that follows
+  const Factor<T>* shift;
+  const char* residual;
+  char* out;
+  int64_t pixel, residual_pixel;  // bytes from one pixel to the next
+  int64_t ahead;  // pixels to the output that is to be prefetched, so many at a time
   int64_t ahead_pixels;
   int64_t count;    // pixels there are, of the tile's kR
   int64_t columns;  // channels there are, of the tile's kV vectors
-  Act act;
+  const ConvArgs<T>* args;
   Groups groups;
   Stream next_panel, next_input;
 };
@@ -51,16 +75,17 @@ struct TileArgs {
 template <class T>
 struct Ahead {
   Stream panel, input;
-  const T* out;
-  const T* residual;
-  int64_t pixel, pixels;
+  const char* out;
+  const char* residual;
+  int64_t pixel, residual_pixel, pixels;
 
   FR_LAMBDA explicit Ahead(const TileArgs<T>& t)
       : panel(t.next_panel),
         input(t.next_input),
-        out(t.out + t.ahead),
-        residual(t.residual ? t.residual + t.ahead : out),
+        out(t.out + t.ahead * t.pixel),
+        residual(t.residual ? t.residual + t.ahead * t.residual_pixel : out),
         pixel(t.pixel),
+        residual_pixel(t.residual_pixel),
         pixels(t.ahead_pixels) {}
 
   template <int kWidth>
@@ -68,8 +93,8 @@ struct Ahead {
     // A panel is more than the first-level cache holds.
     panel.template prefetch<2>();
     input.template prefetch<3>();
-    for (int64_t i = 0; i < pixels; ++i, out += pixel, residual += pixel)
-      for (int64_t c = 0; c < kWidth; c += 64 / static_cast<int64_t>(sizeof(T))) {
+    for (int64_t i = 0; i < pixels; ++i, out += pixel, residual += residual_pixel)
+      for (int64_t c = 0; c < kWidth * static_cast<int64_t>(sizeof(T)); c += 64) {
         __builtin_prefetch(out + c, 1, 3);
         __builtin_prefetch(residual + c, 0, 3);
       }
@@ -130,14 +155,14 @@ __attribute__((noinline)) void finish(const Acc<T>* sum, const TileArgs<T>& t) {
   for (int v = 0; v < kV; ++v) {
     const Vec<A> a = t.scale ? load(t.scale + v * kLanes<A>) : splat(A(1));
     const Vec<A> b = t.shift ? load(t.shift + v * kLanes<A>) : Vec<A>{};
-    const T* residual = t.residual + v * kLanes<A>;
-    T* out = t.out + v * kLanes<A>;
+    const char* residual = t.residual + v * kLanes<A> * sizeof(T);
+    char* out = t.out + v * kLanes<A> * sizeof(T);
 #pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r, residual += t.pixel, out += t.pixel) {
+    for (int r = 0; r < kR; ++r, residual += t.residual_pixel, out += t.pixel) {
       Vec<A> y = math::scale_shift(load(sum + (r * kV + v) * kLanes<A>), a, b);
-      if (kResidual) y += load(residual);
+      if (kResidual) y += load(reinterpret_cast<const T*>(residual));
       if (kRelu) y = relu(y);
-      store_result(out, y);
+      store_result(reinterpret_cast<T*>(out), y);
     }
   }
 }
@@ -155,9 +180,9 @@ __attribute__((noinline)) void finish_part(const Acc<T>* sum, const TileArgs<T>&
     const Vec<A> b = t.shift ? get(t.shift + c) : Vec<A>{};
     for (int64_t r = 0; r < t.count; ++r) {
       Vec<A> y = math::scale_shift(load(sum + (r * kV + v) * kLanes<A>), a, b);
-      if (t.residual) y += get(t.residual + r * t.pixel + c);
-      y = math::activate(y, t.act);
-      T* out = t.out + r * t.pixel + c;
+      if (t.residual) y += get(reinterpret_cast<const T*>(t.residual + r * t.residual_pixel) + c);
+      y = math::activate(y, t.args->act);
+      T* out = reinterpret_cast<T*>(t.out + r * t.pixel) + c;
       if (whole) {
         store_result(out, y);
       } else {
@@ -249,17 +274,26 @@ __attribute__((noinline)) void sum_groups_apart(const TileArgs<T>& t, Acc<T>* me
     }
 }
 
+// What is made of a tile's sums.
+template <class T>
+struct Finish {
+  template <int kR, int kV>
+  FR_LAMBDA static void run(Acc<T>* sum, const TileArgs<T>& t) {
+    if (kV <= kMaxVecs && t.groups.in) sum_groups_apart<T, kR, kV>(t, sum);
+    if (t.count < kR || t.columns < kV * kLanes<Acc<T>>)
+      finish_part<T, kV>(sum, t);
+    else if (t.args->act == Act::relu)
+      t.residual ? finish<T, kR, kV, true, true>(sum, t) : finish<T, kR, kV, false, true>(sum, t);
+    else
+      t.residual ? finish<T, kR, kV, true, false>(sum, t) : finish<T, kR, kV, false, false>(sum, t);
+  }
+};
+
 template <class T, int kR, int kV, bool kPadded>
 FR_VEC void tile(const TileArgs<T>& t) {
   Acc<T> sum[kR * kV * kLanes<Acc<T>>] __attribute__((aligned(64)));
   sum_up<T, kR, kV, kPadded>(t, sum);
-  if (kV <= kMaxVecs && t.groups.in) sum_groups_apart<T, kR, kV>(t, sum);
-  if (t.count < kR || t.columns < kV * kLanes<Acc<T>>)
-    finish_part<T, kV>(sum, t);
-  else if (t.act == Act::relu)
-    t.residual ? finish<T, kR, kV, true, true>(sum, t) : finish<T, kR, kV, false, true>(sum, t);
-  else
-    t.residual ? finish<T, kR, kV, true, false>(sum, t) : finish<T, kR, kV, false, false>(sum, t);
+  Finish<T>::template run<kR, kV>(sum, t);
 }
 
 FR_NAMESPACE_END

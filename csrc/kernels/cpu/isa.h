@@ -4,7 +4,7 @@
 // standard library.
 #pragma once
 
-#include "../api.h"
+#include "../api_int8.h"
 
 #define FR_NAMESPACE_BEGIN namespace fused_resnet::cpu::FUSED_RESNET_ISA {
 #define FR_NAMESPACE_END }
@@ -14,6 +14,8 @@
 
 FR_NAMESPACE_BEGIN
 FUSED_RESNET_OPS(FUSED_RESNET_ON_POOL)
+FUSED_RESNET_INT8_OPS(FUSED_RESNET_ON_POOL)
 int64_t conv_packed_size(DType dtype, const ConvShape& shape);
 DType conv_packed_dtype(DType dtype);
+int64_t conv_int8_packed_size(const ConvShape& shape);
 FR_NAMESPACE_END

@@ -27,11 +27,25 @@ template <>
 struct AccOf<double> {
   using type = double;
 };
+// The activations of conv_int8, and what they may be widened to.
+template <>
+struct AccOf<uint8_t> {
+  using type = int32_t;
+};
+template <>
+struct AccOf<int16_t> {
+  using type = int32_t;
+};
+template <>
+struct AccOf<int32_t> {
+  using type = int32_t;
+};
 template <class T>
 using Acc = typename AccOf<T>::type;
 
 using VecF = float __attribute__((vector_size(64)));
 using VecD = double __attribute__((vector_size(64)));
+using VecI = int32_t __attribute__((vector_size(64)));
 
 template <class A>
 struct VecOf {
@@ -41,6 +55,10 @@ template <>
 struct VecOf<double> {
   using type = VecD;
 };
+template <>
+struct VecOf<int32_t> {
+  using type = VecI;
+};
 template <class A>
 using Vec = typename VecOf<A>::type;  // of an accumulation type
 
@@ -49,6 +67,8 @@ constexpr int kLanes = 64 / sizeof(A);
 
 using VecU32 = uint32_t __attribute__((vector_size(64)));
 using VecU16 = uint16_t __attribute__((vector_size(32)));
+using VecI16 = int16_t __attribute__((vector_size(32)));
+using VecU8 = uint8_t __attribute__((vector_size(16)));
 
 #define FR_VEC static inline __attribute__((always_inline))
 #define FR_LAMBDA __attribute__((always_inline))
@@ -68,6 +88,20 @@ FR_VEC VecD load(const double* p) {
   __builtin_memcpy(&v, p, 64);
   return v;
 }
+FR_VEC VecI load(const int32_t* p) {
+  VecI v;
+  __builtin_memcpy(&v, p, 64);
+  return v;
+}
+FR_VEC VecI load(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (VecI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  VecU8 bytes;
+  __builtin_memcpy(&bytes, p, 16);
+  return __builtin_convertvector(bytes, VecI);
+#endif
+}
 FR_VEC VecF load(const bf16* p) {
 #if defined(__AVX512F__)
   // GCC 12 makes six instructions of the conversion below.
@@ -82,6 +116,19 @@ FR_VEC VecF load(const bf16* p) {
 
 FR_VEC void store(float* p, VecF v) { __builtin_memcpy(p, &v, 64); }
 FR_VEC void store(double* p, VecD v) { __builtin_memcpy(p, &v, 64); }
+FR_VEC void store(int32_t* p, VecI v) { __builtin_memcpy(p, &v, 64); }
+FR_VEC void store(int16_t* p, VecI v) {
+  const VecI16 half = __builtin_convertvector(v, VecI16);
+  __builtin_memcpy(p, &half, 32);
+}
+FR_VEC void store(uint8_t* p, VecI v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  const VecU8 bytes = __builtin_convertvector(v, VecU8);
+  __builtin_memcpy(p, &bytes, 16);
+#endif
+}
 FR_VEC void store(bf16* p, VecF v) {
   // Round to nearest even; a NaN keeps its sign and becomes quiet rather than rounding to infinity.
   VecU32 u = (VecU32)v;
@@ -126,6 +173,38 @@ FR_VEC void store(f16* p, VecF v) {
   __builtin_memcpy(p, h, 32);
 }
 #endif
+
+// A product, rounded: no part of a fused multiply-add, so that the result is that of processors
+// without. (GCC's __builtin_assoc_barrier takes vectors apart.)
+FR_VEC VecF rounded(VecF product) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(product));
+#elif defined(__FMA__)
+  __m256 half[2];
+  __builtin_memcpy(half, &product, 64);
+  __asm__("" : "+x"(half[0]), "+x"(half[1]));
+  __builtin_memcpy(&product, half, 64);
+#elif !defined(__x86_64__)
+  __asm__("" : "+m"(product));
+#endif
+  return product;
+}
+
+// a > b ? a : b and a < b ? a : b: b where a is NaN.
+FR_VEC VecF larger(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FR_VEC VecF smaller(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // The first n elements only, 0 <= n < lanes; the rest of the vector is zero.
 template <class T>
