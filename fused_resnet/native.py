@@ -143,6 +143,28 @@ def _fake_conv_bn_act(
     return reference.empty_image(x, y.shape, x, weight)
 
 
+def _fake_conv_winograd_pack(weight: Tensor, tile: int) -> Tensor:
+    # As conv_pack.
+    raise NotImplementedError(
+        "conv_winograd_pack: weights cannot be packed inside a traced program"
+    )
+
+
+def _fake_conv_bn_act_winograd(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    padding: list[int],
+    tile: int,
+    act: str,
+    packed: Tensor | None = None,
+) -> Tensor:
+    y = F.conv2d(x, weight, None, 1, padding)
+    return reference.empty_image(x, y.shape, x, weight)
+
+
 def _fake_conv_bn_act_maxpool(
     x: Tensor,
     weight: Tensor,
@@ -192,6 +214,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "global_avg_pool": _fake_global_avg_pool,
     "conv_pack": _fake_conv_pack,
     "conv_bn_act": _fake_conv_bn_act,
+    "conv_winograd_pack": _fake_conv_winograd_pack,
+    "conv_bn_act_winograd": _fake_conv_bn_act_winograd,
     "conv_bn_act_maxpool": _fake_conv_bn_act_maxpool,
     "conv_bn_act_avgpool": _fake_conv_bn_act_avgpool,
     **native_training.FAKES,

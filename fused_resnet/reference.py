@@ -171,6 +171,22 @@ def conv_bn_act(
     return _in_format_of(_act(y, act).to(x.dtype), x, weight)
 
 
+def conv_bn_act_winograd(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    padding: Sequence[int],
+    tile: int,
+    act: str,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """:func:`conv_bn_act`; tile, the outputs computed at once, and ``packed`` are not read."""
+    geometry = ([1, 1], padding, [1, 1], 1, act)
+    return conv_bn_act(x, weight, scale, shift, residual, *geometry)
+
+
 def conv_bn_act_maxpool(
     x: Tensor,
     weight: Tensor,

@@ -31,7 +31,7 @@ DTYPES = engines.DTYPES
 HALF = (torch.bfloat16, torch.float16)
 EPS = 1e-5
 
-_OPS = engines.OPS + engines.CHAIN_OPS + engines.POOL_OPS + engines.INT8_OPS
+_OPS = engines.OPS + engines.CHAIN_OPS + engines.POOL_OPS + engines.INT8_OPS + engines.FROZEN_OPS
 #: The engines under test. One that only passes on to another for an op is not listed for it.
 ENGINES = {
     "reference": _OPS,

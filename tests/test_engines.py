@@ -253,7 +253,11 @@ def shares() -> list[Any]:
 @pytest.mark.parametrize(("name", "part"), shares())
 def test_ops_with_isa(name, part):
     """The cases of the native engine, again, in a process that is held to one instruction set."""
-    ops = engines.INT8_OPS if name == FOR_BYTES else (*engines.OPS, *engines.INT8_OPS)
+    ops = (
+        engines.INT8_OPS
+        if name == FOR_BYTES
+        else (*engines.OPS, *engines.INT8_OPS, *engines.FROZEN_OPS)
+    )
     files = [f"tests/test_{each}.py" for each in (*ops, "engines")]
     options = ["-m", "isa", "-p", "no:cacheprovider", "-p", "no:xdist", "--require=all"]
     options += ["--part", part]

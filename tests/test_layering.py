@@ -20,13 +20,14 @@ AUXILIARY = {
     "conv_dgrad_": "conv_dgrad",
     "conv_int8_pack": "conv_int8",
     "conv_pack": "conv_bn_act",
+    "conv_winograd_pack": "conv_bn_act_winograd",
 }
 #: Arguments that say how, not what: they are chosen, and not the user's.
 INTERNAL = ("packed", "tf32", "wgmma")
 #: What training.py is, op by op, in one: no kernel of its own, hence no engine's choice.
 WHOLE = tuple(whole_chain.FAKES)
 #: What not every engine has.
-SOME_ENGINES = engines.CHAIN_OPS + engines.POOL_OPS + engines.INT8_OPS
+SOME_ENGINES = engines.CHAIN_OPS + engines.POOL_OPS + engines.INT8_OPS + engines.FROZEN_OPS
 OPS = [op for op in DECLARED if op not in (*AUXILIARY, *SOME_ENGINES, *WHOLE)]
 
 

@@ -28,6 +28,7 @@ SIZES = {
     "FR_BLOCK_ROWS": TILE["kMostBlockRows"][0],
     "FR_BLOCK_PIXELS": TILE["kBlockPixels"][0],
     "FR_GRAM_ROWS": TILE["kMostGramRows"][0],
+    "FR_WINOGRAD_BLOCK": TILE["kWinogradBlockBytes"][0],
     "FR_FLAT_ROW": TILE["kFlatRow"][0],
     "FR_CHUNK_STEPS": TILE["kChunkSteps"][0],
     "FR_MOST_OUT_CHANNELS": TILE["kMostOutChannels"][0],

@@ -6,6 +6,7 @@
 #include "ops_training_conv.h"
 #include "ops_training_gram.h"
 #include "ops_training_pool.h"
+#include "ops_winograd.h"
 
 namespace fused_resnet::glue {
 namespace {
@@ -28,6 +29,7 @@ struct Cpu {
   Status launch(const Args& args) { return cpu::op(args, pool()); }
   FUSED_RESNET_OPS(FR_LAUNCH)
   FUSED_RESNET_INT8_OPS(FR_LAUNCH)
+  FUSED_RESNET_WINOGRAD_OPS(FR_LAUNCH)
 #undef FR_LAUNCH
 
   static int64_t packed_size(DType dtype, const ConvShape& shape) {
@@ -54,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, library) {
   library.impl("quantize", TORCH_BOX(&quantize<Cpu>));
   library.impl("conv_int8_pack", TORCH_BOX(&conv_int8_pack<Cpu>));
   library.impl("conv_int8", TORCH_BOX(&conv_int8<Cpu>));
+  library.impl("conv_winograd_pack", TORCH_BOX(&conv_winograd_pack<Cpu>));
+  library.impl("conv_bn_act_winograd", TORCH_BOX(&conv_bn_act_winograd<Cpu>));
   library.impl("bn_stats", TORCH_BOX(&bn_stats<Cpu>));
   library.impl("bn_finalize", TORCH_BOX(&bn_finalize<Cpu>));
   library.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce<Cpu>));

@@ -95,6 +95,12 @@ inline constexpr const char* kOps[] = {
     " int[] stride, int[] padding, int[] dilation, int groups, str act, Tensor? packed=None,"
     " bool tf32=False, bool wgmma=False) -> Tensor",
 
+    "conv_winograd_pack(Tensor weight, int tile) -> Tensor",
+
+    // conv_bn_act of a 3x3 kernel with stride 1 by fewer multiplications, which CPUs have.
+    "conv_bn_act_winograd(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"
+    " int[] padding, int tile, str act, Tensor? packed=None) -> Tensor",
+
     // A convolution and the pooling of its result, which the engines for GPUs have.
     "conv_bn_act_maxpool(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[] stride,"
     " int[] padding, int[] dilation, int[] kernel_size, int[] pool_stride, int[] pool_padding,"

@@ -177,6 +177,7 @@ void check_conv_bn_act();
 void check_conv_dgrad();
 void check_conv_int8();
 void check_conv_wgrad();
+void check_conv_winograd();
 void check_bn_act();
 void check_bn_scale_shift();
 void check_bn_act_maxpool();

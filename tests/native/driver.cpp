@@ -19,6 +19,7 @@ int main(int argc, char** argv) {
   check_conv_dgrad();
   check_conv_int8();
   check_conv_wgrad();
+  check_conv_winograd();
   check_bn_act();
   check_bn_scale_shift();
   check_bn_act_maxpool();

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../api_int8.h"
+#include "../api_winograd.h"
 
 namespace fused_resnet::cpu {
 
@@ -10,6 +11,7 @@ namespace fused_resnet::cpu {
   namespace name {                                               \
   FUSED_RESNET_OPS(FUSED_RESNET_ON_POOL)                         \
   FUSED_RESNET_INT8_OPS(FUSED_RESNET_ON_POOL)                    \
+  FUSED_RESNET_WINOGRAD_OPS(FUSED_RESNET_ON_POOL)                \
   int64_t conv_packed_size(DType dtype, const ConvShape& shape); \
   DType conv_packed_dtype(DType dtype);                          \
   int64_t conv_int8_packed_size(const ConvShape& shape);         \
@@ -83,6 +85,7 @@ const char* isa() { return kNames[static_cast<int>(active())]; }
 FUSED_RESNET_OPS(FORWARD)
 FORWARD(quantize, QuantizeArgs)
 FUSED_RESNET_BYTE_OPS(FORWARD_BYTES)
+FUSED_RESNET_WINOGRAD_OPS(FORWARD)
 
 int64_t conv_packed_size(DType dtype,
                          const ConvShape& shape){CALL(conv_packed_size(dtype, shape))} DType

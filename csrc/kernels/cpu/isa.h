@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../api_int8.h"
+#include "../api_winograd.h"
 
 #define FR_NAMESPACE_BEGIN namespace fused_resnet::cpu::FUSED_RESNET_ISA {
 #define FR_NAMESPACE_END }
@@ -15,6 +16,7 @@
 FR_NAMESPACE_BEGIN
 FUSED_RESNET_OPS(FUSED_RESNET_ON_POOL)
 FUSED_RESNET_INT8_OPS(FUSED_RESNET_ON_POOL)
+FUSED_RESNET_WINOGRAD_OPS(FUSED_RESNET_ON_POOL)
 int64_t conv_packed_size(DType dtype, const ConvShape& shape);
 DType conv_packed_dtype(DType dtype);
 int64_t conv_int8_packed_size(const ConvShape& shape);
