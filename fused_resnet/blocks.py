@@ -104,7 +104,7 @@ class Fused(_Base):
     def pair(self, p: Pair, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(bn(conv(x)) + residual)``."""
         conv = self.get(p.conv)
-        if type(conv) is FrozenConv:
+        if isinstance(conv, FrozenConv):
             return conv(x, p.act, residual)
         if asked(self.tuned):
             return sites.pair(conv, self.get(p.bn), x, p.act, residual)
@@ -112,7 +112,7 @@ class Fused(_Base):
 
     def link(self, p: Pair, x: Tensor) -> Tensor:
         """A pair that may train or not, whatever others do: ``act(bn(conv(x)))``."""
-        if type(self.get(p.conv)) is FrozenConv or not trains([self.modules_of(p)], x):
+        if isinstance(self.get(p.conv), FrozenConv) or not trains([self.modules_of(p)], x):
             return self.pair(p, x)
         return conv_bn_chain(*self.modules_of(p), x, p.act)
 
@@ -144,7 +144,7 @@ class Fused(_Base):
         every = [*pairs] if shortcut is None else [*pairs, shortcut]
         modules = [self.modules_of(p) for p in every]
         own = None if shortcut is None else modules[-1]
-        frozen = type(modules[0][0]) is FrozenConv
+        frozen = isinstance(modules[0][0], FrozenConv)
         if not frozen and trains(modules, x, residual):
             same = residual is x
             return chain(
@@ -284,6 +284,7 @@ class Stem(Fused):
     """A network that begins with convolutions, each with BatchNorm and ReLU, and max pooling."""
 
     relu_name = "relu"
+    grid: Any = None  #: set by freeze: an :class:`fused_resnet.int8.Grid` if it passes on bytes
 
     def find_pairs(self) -> list[Pair]:
         return [Pair("conv1", "bn1", "relu")]
@@ -326,7 +327,8 @@ class Stem(Fused):
         else:
             y, act = convolve(conv, x), "relu"
             _, scale, shift, _ = own
-        return functional.bn_act_maxpool(y, scale, shift, *pool, act)
+        y = functional.bn_act_maxpool(y, scale, shift, *pool, act)
+        return y if self.grid is None else self.grid.quantize(y)
 
 
 #: On a CPU a frozen ResNet takes a batch through its large images in slices of about this many
@@ -381,12 +383,10 @@ class ResNet(Stem, torchvision_resnet.ResNet):
         """Whether a batch may be cut: all that runs is ours or torch's, and nobody is watching."""
         if self.frozen_pairs is None or x.device.type != "cpu":
             return False
+        own = (self.layer1, self.layer2, self.layer3, self.layer4, self.avgpool)
         kinds = (Fused, FrozenConv, nn.Sequential, nn.ReLU, nn.Identity, nn.AdaptiveAvgPool2d)
-        within = [m for layer in (*self.layers(), self.avgpool) for m in layer.modules()]
+        within = [m for layer in own for m in layer.modules()]
         return all(isinstance(m, kinds) and not hooked(m) for m in within)
-
-    def layers(self) -> list[nn.Module]:
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     forward = fused_forward(torchvision_resnet.ResNet.forward)
 

@@ -155,7 +155,7 @@ def _entries(model: nn.Module) -> Report:
                     continue
                 seen.add((conv, bn))
                 reason = overridden or pair_obstacle(conv, bn, twin.norms) or together
-                if type(conv) is FrozenConv:
+                if isinstance(conv, FrozenConv):
                     reason = None
                 report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
     refused = _refused(model)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .blocks import Fused, Group, Pair
+from .calibrate import batches_of, to_int8
 from .conditions import pair_obstacle, plain, uses_batch_statistics
 from .convert import check_model, fuse, unfuse
 from .frozen_conv import FOLD_BOUND, FrozenConv, pair_in_steps
@@ -25,8 +26,10 @@ class Frozen(nn.Module):
         model: the frozen copy.
         errors: for ``"eager"`` (the source) and ``"frozen"``, the mean and the maximum error of the
             outputs on the example against the source in float64, relative to the largest output.
+            In 8 bits also ``"calibration"``: those on the calibration batches against float32, and
+            ``top5``, how many of the five likeliest classes are the same, from 0 to 1.
         layer_errors: the same of each folded layer, beside eager's convolution and BatchNorm, on
-            the first image of what it is given.
+            the first image of what it is given; not of layers in 8 bits.
         unfolded: layers that keep their BatchNorm's scale apart because folding would cost
             accuracy, and what it would cost.
         failed: by layer, the engines that could not run it on the example, and what they raised.
@@ -150,7 +153,13 @@ def frozen_copy(op: str, model: nn.Module, dtype: torch.dtype | None, make: Make
     return Frozen(frozen_model, dtype, device)
 
 
-def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) -> Frozen:
+def freeze(
+    model: nn.Module,
+    *,
+    example: Any,
+    dtype: torch.dtype | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> Frozen:
     """A copy of ``model`` for serving: constant weights packed for the kernels, tuned.
 
     The copy shares no storage with ``model`` and takes any batch and image size. It can be copied,
@@ -161,7 +170,14 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
             rest is copied as it is.
         example: an input, or a tuple of inputs, as the model will see it: layers are tuned and
             errors measured on it.
-        dtype: float32, bfloat16, float16 or float64 to convert to; default: the model's own.
+        dtype: float32, bfloat16, float16 or float64 to convert to; default: the model's own. With
+            int8, on CPUs, convolutions of four channels a group or more are computed in 8 bits:
+            weights in int8, of a step for each output channel, activations in uint8, of a step for
+            each. Inputs, outputs and all other layers are float32.
+        calibration: for int8, an iterable of inputs like those to come, such as a DataLoader: a
+            tensor each, or a tuple or list that begins with what ``example`` consists of (labels
+            behind that are left out). Held in memory until this returns. The steps of activations
+            are 255ths of the largest range on it; what lies outside later is clipped.
 
     Returns:
         A module with the same call signature; its ``errors`` tell how far its outputs and the
@@ -170,12 +186,18 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
         at most (:func:`fused_resnet.measure.within`).
 
     Raises:
-        TypeError: ``model`` is not a module, or ``dtype`` is not a floating point type.
+        TypeError: ``model`` is not a module, ``dtype`` neither a floating point type nor int8, or
+            ``calibration`` missing for int8, given for another, or not of inputs.
+        ValueError: ``calibration`` is empty, or has values that are not finite.
         RuntimeError: ``model`` is in training mode, compiled, scripted or wrapped, or spread over
-            several devices or dtypes.
+            several devices or dtypes; for int8, not on a CPU.
     """
-    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+    in_bytes = isinstance(dtype, torch.dtype) and dtype == torch.int8
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if dtype is not None and not in_bytes and not floating:
         raise TypeError(f"freeze: dtype must be a floating point torch.dtype, got {dtype!r}")
+    if calibration is not None and not in_bytes:
+        raise TypeError(f"freeze: calibration is for dtype torch.int8, got dtype {dtype}")
     if isinstance(model, nn.Module):
         training = [
             path or "the model"
@@ -187,7 +209,15 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
                 f"freeze: model must be in evaluation mode, got {training[0]} in training mode; "
                 "call model.eval() first"
             )
+        for p in model.parameters() if in_bytes else ():
+            if p.device.type != "cpu":
+                raise RuntimeError(
+                    f"freeze: dtype torch.int8 is for CPUs, got a model on {p.device}"
+                )
     inputs = example if isinstance(example, tuple) else (example,)
+    if in_bytes:
+        dtype = torch.float32
+        batches = batches_of(calibration, len(inputs), dtype)
     pairs: dict[str, tuple[Any, Any]] = {}
 
     def make(conv: Any, bn: Any, p: Pair, path: str, kind: torch.dtype) -> FrozenConv:
@@ -197,10 +227,12 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     frozen = frozen_copy("freeze", model, dtype, make)
     with torch.no_grad():
         served = tree_map(lambda t: _cast(t, frozen.dtype), inputs)
+        # Before tuning: what bytes stand for must not depend on which engine was faster.
+        calibrated = {"calibration": to_int8(frozen, batches)} if in_bytes else {}
         if frozen.device.type in ("cpu", "cuda"):
             tune_layers(frozen, served)
             _bound_errors(frozen, pairs, served)
-        frozen.errors = _errors(model, frozen, inputs, served, frozen.dtype)
+        frozen.errors = _errors(model, frozen, inputs, served, frozen.dtype) | calibrated
     return frozen
 
 
@@ -213,6 +245,11 @@ def _static_obstacle(m: Fused, group: Group) -> bool:
     return any(
         pair_obstacle(*pair, m.norms) or uses_batch_statistics(pair[1]) for pair in modules
     ) or any(plain(other, (kind,)) for other, kind in group.skipped)
+
+
+def _layers(frozen: Frozen) -> dict[str, FrozenConv]:
+    """Those that there are several engines for."""
+    return {path: m for path, m in frozen.model.named_modules() if type(m) is FrozenConv}
 
 
 def tune_layers(frozen: Frozen, inputs: Any) -> None:
@@ -229,7 +266,7 @@ def tune_layers(frozen: Frozen, inputs: Any) -> None:
         m.engine, m.failed = seen[key].engine, seen[key].failed
         m.forget()
 
-    layers = {path: m for path, m in frozen.model.named_modules() if isinstance(m, FrozenConv)}
+    layers = _layers(frozen)
     hooks = [m.register_forward_pre_hook(before) for m in layers.values()]
     frozen(*inputs)
     for hook in hooks:
@@ -239,7 +276,7 @@ def tune_layers(frozen: Frozen, inputs: Any) -> None:
 
 def _bound_errors(frozen: Frozen, pairs: dict[str, tuple[Any, Any]], inputs: Any) -> None:
     """Unfold each layer whose error on the inputs is outside the rule for being folded."""
-    layers = {path: m for path, m in frozen.model.named_modules() if isinstance(m, FrozenConv)}
+    layers = _layers(frozen)
     apart = frozen.dtype == accumulation_dtype(frozen.dtype)  # in half types no layer is folded
     hooks = []
     for path, layer in layers.items():

@@ -27,6 +27,8 @@ CUDNN = "cudnn"
 
 def untuned(device: torch.device, dtype: torch.dtype) -> str:
     """The engine of a layer that nothing was measured on."""
+    if dtype == torch.int8:  # there is no other
+        return "native"
     return engines.choose("conv_bn_act", device.type, dtype)
 
 

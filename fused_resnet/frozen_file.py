@@ -1,6 +1,7 @@
 """Files of frozen models: safetensors with a description in JSON. Nothing in them is executed."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .blocks import Fused, Pair
+from .blocks import Fused, Pair, Stem
 from .freeze import Frozen, frozen_copy
 from .frozen_conv import FrozenConv, can_run, untuned
+from .int8 import Grid, Int8Conv
 
 #: Of what is in a file: raised when a reader of the last could not make sense of the next.
 FORMAT = 2
@@ -77,8 +79,10 @@ def save_frozen(frozen: Frozen, path: str | os.PathLike[str]) -> None:
         **{key: getattr(frozen, key) for key in _REPORTS},
         "layers": {
             where: {**_computes(layer, p), "folded": layer.folded, "engine": layer.engine}
+            | ({"grids": _plain(layer.grids)} if isinstance(layer, Int8Conv) else {})
             for where, layer, p in _layers(frozen.model)
         },
+        "stems": _plain({where: m.grid for where, m in _stems(frozen.model).items()}),
     }
     content = save(tensors, {_KEY: json.dumps(description)})
     path = Path(path)
@@ -119,13 +123,18 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module) -> Frozen:
 
         def empty(conv: Any, bn: Any, p: Pair, where: str, kind: torch.dtype) -> FrozenConv:
             # One that the file does not have is missed by its name, below.
-            return FrozenConv.empty(conv, layers.get(where, {}).get("folded", True), kind)
+            layer = layers.get(where, {})
+            if layer.get("grids"):
+                return Int8Conv.blank(conv, **layer["grids"])
+            return FrozenConv.empty(conv, layer.get("folded", True), kind)
 
         frozen = frozen_copy("load_frozen", model, dtype, empty)
         if frozen.device.type == "meta":
             frozen.device = torch.device("cpu")
         own = frozen.model.state_dict()
-        problems = [*_misfits(file, own), *_differences(frozen.model, layers)]
+        stems = _stems(frozen.model)
+        extra = (f"the model has no stem {name!r}" for name in described["stems"].keys() - stems)
+        problems = [*_misfits(file, own), *_differences(frozen.model, layers), *extra]
         if problems:
             more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise RuntimeError(
@@ -143,6 +152,8 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module) -> Frozen:
         here = can_run(engine, frozen.device, frozen.dtype)
         layer.engine = engine if here else untuned(frozen.device, frozen.dtype)
         layer.failed = described["failed"].get(where, {})
+    for where, grid in described["stems"].items():
+        stems[where].grid = grid
     for key in _REPORTS:
         setattr(frozen, key, described[key])
     return frozen
@@ -180,11 +191,27 @@ def _description(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict
             raise TypeError(f"dtype {described['dtype']}")
         for layer in described["layers"].values():
             layer["folded"], layer["engine"] = bool(layer["folded"]), str(layer["engine"])
+            if "grids" in layer:
+                layer["grids"] = _grids(layer["grids"])
+        described["stems"] = _grids(described.get("stems", {}))
         for key in _REPORTS:
             described[key] = dict(described[key])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RuntimeError(f"{path}: its description is damaged: {error!r}") from error
     return described
+
+
+def _plain(grids: dict[str, Grid | None]) -> dict[str, Any]:
+    """Those that there are, for JSON."""
+    return {name: dataclasses.asdict(grid) for name, grid in grids.items() if grid is not None}
+
+
+def _grids(described: dict[str, Any]) -> dict[str, Grid]:
+    return {name: Grid(float(grid["scale"]), int(grid["zero"])) for name, grid in described.items()}
+
+
+def _stems(model: nn.Module) -> dict[str, Stem]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, Stem)}
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, FrozenConv, Pair]]:

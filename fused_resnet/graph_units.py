@@ -278,7 +278,7 @@ class FusedGraph(Fused):
         if not unit.skipped and not unit.chain:
             return "it is a single layer"
         x, *others = given
-        frozen = bool(unit.chain) and type(self.get(unit.chain[0].conv)) is FrozenConv
+        frozen = bool(unit.chain) and isinstance(self.get(unit.chain[0].conv), FrozenConv)
         if not frozen:
             group = self._group(unit)
             pairs = [self.modules_of(p) for p in group.pairs]
@@ -299,6 +299,6 @@ class FusedGraph(Fused):
         shape = tuple(x.shape)
         for p in unit.chain:
             conv = self.get(p.conv)
-            geometry = conv.geometry if type(conv) is FrozenConv else geometry_of(conv)
+            geometry = conv.geometry if isinstance(conv, FrozenConv) else geometry_of(conv)
             shape = conv_shape(shape, conv.weight.shape, *geometry[:3])
         return None if tuple(residual.shape) == shape else "what is added is of another shape"

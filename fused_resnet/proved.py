@@ -20,6 +20,7 @@ from .conditions import BATCH_NORMS, hooked, obstacle
 from .forward_source import FUNCTIONS, Reads, UnprovableError, reads_of
 from .frozen_conv import FrozenConv
 from .graph_units import Call, FusedGraph, Step, Unit, Value, spent_after, units
+from .int8 import Int8Conv
 
 #: What a trace may call: of :mod:`operator`, what an expression calls.
 _OPERATORS = {name: getattr(operator, name) for name in operator.__all__}
@@ -47,7 +48,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 #: Modules that write to nothing but what they return, and what runs them in a row.
 _PURE = (nn.Conv2d, *BATCH_NORMS, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-_ROWS = (nn.Sequential, Sequential, FrozenConv)
+_ROWS = (nn.Sequential, Sequential, FrozenConv, Int8Conv)
 
 
 class Proof(NamedTuple):
@@ -190,7 +191,7 @@ def _writes(m: nn.Module) -> str | None:
         pure = kind in _PURE or kind in _ROWS or (kind is nn.ReLU and not inner.inplace)
         if not pure:
             return f"a {kind.__name__} may change its input"
-        if hooked(inner) and kind is not FrozenConv:  # those have the tuner's
+        if hooked(inner) and not isinstance(inner, FrozenConv):  # those have the tuner's
             return "it has hooks"
     return None
 
