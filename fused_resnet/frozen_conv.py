@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import engines, measure, reference, tuning, vendor
+from . import engines, measure, reference, tuning, vendor, winograd
 from .autograd import batch_norm_act_of_torch
 from .conditions import params_of
 from .modules import geometry_of, pair_scale_shift
@@ -16,6 +16,7 @@ from .reference import accumulation_dtype
 from .sites import facts_of, layout_of
 
 _CONV_BN_ACT = torch.ops.fused_resnet.conv_bn_act.default
+_WINOGRAD = torch.ops.fused_resnet.conv_bn_act_winograd.default
 
 #: A layer is folded only where every folded weight is within this of its float64 value, relative to
 #: the largest of its channel. Overflow, NaN and vanishing scales fall outside.
@@ -30,14 +31,6 @@ def untuned(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.int8:  # there is no other
         return "native"
     return engines.choose("conv_bn_act", device.type, dtype)
-
-
-def can_run(engine: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a layer can be on an engine here, of those that :func:`freeze` chooses from."""
-    if engine == CUDNN:
-        return device.type == "cuda"
-    known = engine in engines.LIBRARIES
-    return known and engines.why_not(engine, "conv_bn_act", device.type, dtype) is None
 
 
 def _unrecorded(op: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -78,8 +71,9 @@ class FrozenConv(nn.Module):
     In float32 and float64 the scale is folded into the weight; in half types, where rounding folded
     weights costs accuracy and the epilogue's multiplication costs nothing, it stays beside it. Only
     cuDNN's fused kernel, which has no scale, is given a folded weight of a half type, on layers
-    whose error keeps to the rule with it. What is packed or folded for an engine is derived: it is
-    made again after copying, loading and moving, and never saved.
+    whose error keeps to the rule with it. Where ``winograd`` allows it, engines include Winograd's
+    forms of a 3x3 convolution. What is packed, folded or transformed for an engine is derived: it
+    is made again after copying, loading and moving, and never saved.
     """
 
     #: How often any layer's tensors may have moved.
@@ -103,8 +97,10 @@ class FrozenConv(nn.Module):
         self.geometry = geometry
         self.engine = untuned(weight.device, weight.dtype)
         self.failed: dict[str, str] = {}
+        self.winograd = False
         self._packed: Tensor | None = None
         self._folded: tuple[Tensor, Tensor] | None = None
+        self._transformed: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype) -> "FrozenConv":
@@ -146,6 +142,8 @@ class FrozenConv(nn.Module):
         args: Any = (x, own["weight"], own["scale"], own["shift"], residual, *self.geometry, act)
         compiling = torch.compiler.is_compiling()
         if self.engine != "native" and (x.is_cuda or not compiling):
+            if self.engine in winograd.TILES:
+                return self._by_winograd(x, act, residual)
             if self.engine == CUDNN and (given := self._for_cudnn(x, act, residual)) is not None:
                 return _unrecorded(vendor.conv_bn_act_cudnn, *given)
             engine = "vendor" if self.engine == CUDNN else self.engine
@@ -157,12 +155,31 @@ class FrozenConv(nn.Module):
             self._packed = torch.ops.fused_resnet.conv_pack(self.weight, self.geometry[3])
         return _unrecorded(_CONV_BN_ACT, *args, self._packed)
 
+    def _by_winograd(self, x: Tensor, act: str, residual: Tensor | None) -> Tensor:
+        tile, packed = winograd.TILES[self.engine], self._transformed.get(self.engine)
+        if packed is None:
+            packed = torch.ops.fused_resnet.conv_winograd_pack(self.weight, tile)
+            self._transformed[self.engine] = packed
+        args: Any = (x, self.weight, self.scale, self.shift, residual, self.geometry[1], tile, act)
+        return _unrecorded(_WINOGRAD, *args, packed)
+
+    def can_run(self, engine: str) -> bool:
+        """Whether this layer can be on an engine, of those that :func:`freeze` chooses from."""
+        device, dtype = self.weight.device.type, self.weight.dtype
+        if engine in winograd.TILES:
+            return self.winograd and winograd.suits(self.weight, self.geometry)
+        if engine == CUDNN:
+            return device == "cuda"
+        known = engine in engines.LIBRARIES
+        return known and engines.why_not(engine, "conv_bn_act", device, dtype) is None
+
     def candidates(self, x: Tensor, act: str, residual: Tensor | None) -> list[str]:
         """The engines that can run this layer on ``x``, the untuned choice first."""
         first = untuned(x.device, x.dtype)
         # Triton's kernels run on a CPU too, interpreted.
-        names = ("native", "triton", "vendor") if x.is_cuda else ("native", "vendor")
-        others = [name for name in names if name != first and can_run(name, x.device, x.dtype)]
+        of_device = ("native", "triton", "vendor") if x.is_cuda else ("native", "vendor")
+        names = (*of_device, *winograd.TILES)
+        others = [name for name in names if name != first and self.can_run(name)]
         return [first, *others, *([CUDNN] if self._cudnn_serves(x, act, residual) else [])]
 
     def _for_cudnn(self, x: Tensor, act: str, residual: Tensor | None) -> tuple[Any, ...] | None:
@@ -194,12 +211,12 @@ class FrozenConv(nn.Module):
             fused = vendor.conv_bn_act_cudnn(*given)
             exact: Any = [t.double() if isinstance(t, Tensor) else t for t in args]
             truth, eager = reference.conv_bn_act(*exact), self._in_steps(x, act, residual)
-            errors = [measure.error_of(y, truth) for y in (fused, eager)]
+            error, bar = (measure.error_of(y, truth) for y in (fused, eager))
             x[0, 0] = torch.nan
             fused, plain = vendor.conv_bn_act_cudnn(*given), vendor.conv_bn_act(*args)
         except RuntimeError:  # cuDNN has no kernel for it
             return False
-        return measure.within(*errors) and torch.equal(fused.isnan(), plain.isnan())
+        return measure.within(error, bar) and torch.equal(fused.isnan(), plain.isnan())
 
     def _in_steps(self, x: Tensor, act: str, residual: Tensor | None) -> Tensor:
         """As eager torch computes, which rounds after each step."""
@@ -225,9 +242,11 @@ class FrozenConv(nn.Module):
             return layer.forward(given, act, added)  # past freeze's hook
 
         own = (self.weight.shape, layout_of(self.weight), str(self.geometry), self.folded)
-        facts = facts_of("frozen conv_bn_act", x, (own,), act, residual is not None)
+        op = "frozen conv_bn_act" + (", winograd" if self.winograd else "")
+        facts = facts_of(op, x, (own,), act, residual is not None)
         ways = self.candidates(x, act, residual)
-        site = tuning.Site(facts, (self,), (x, residual), ways, call)
+        times = {way: winograd.amplification(tile) for way, tile in winograd.TILES.items()}
+        site = tuning.Site(facts, (self,), (x, residual), ways, call, times)
         entry = tuning.kept(site) if tuning.is_on() else tuning.race(site)
         self.engine, self.failed = ways[0], {}
         if entry is not None:
@@ -236,6 +255,7 @@ class FrozenConv(nn.Module):
     def forget(self) -> None:
         """Drop what is derived from the weight; the next call makes it again."""
         self._packed = self._folded = None
+        self._transformed = {}
         FrozenConv.changes += 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -247,7 +267,7 @@ class FrozenConv(nn.Module):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_folded": None}
+        return {**self.__dict__, "_packed": None, "_folded": None, "_transformed": {}}
 
     def extra_repr(self) -> str:
         out_channels, in_channels, *kernel = self.weight.shape

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import __version__
 from .blocks import Fused, Pair, Stem
 from .freeze import Frozen, frozen_copy
-from .frozen_conv import FrozenConv, can_run, untuned
+from .frozen_conv import FrozenConv, untuned
 from .int8 import Grid, Int8Conv
 
 #: Of what is in a file: raised when a reader of the last could not make sense of the next.
@@ -78,8 +78,13 @@ def save_frozen(frozen: Frozen, path: str | os.PathLike[str]) -> None:
         "dtype": str(frozen.dtype).removeprefix("torch."),
         **{key: getattr(frozen, key) for key in _REPORTS},
         "layers": {
-            where: {**_computes(layer, p), "folded": layer.folded, "engine": layer.engine}
-            | ({"grids": _plain(layer.grids)} if isinstance(layer, Int8Conv) else {})
+            where: {
+                **_computes(layer, p),
+                "folded": layer.folded,
+                "engine": layer.engine,
+                "winograd": layer.winograd,
+                **({"grids": _plain(layer.grids)} if isinstance(layer, Int8Conv) else {}),
+            }
             for where, layer, p in _layers(frozen.model)
         },
         "stems": _plain({where: m.grid for where, m in _stems(frozen.model).items()}),
@@ -149,7 +154,8 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module) -> Frozen:
     _check_loaded(frozen.model, path)
     for where, layer, _ in _layers(frozen.model):
         engine = layers[where]["engine"]
-        here = can_run(engine, frozen.device, frozen.dtype)
+        layer.winograd = layers[where]["winograd"]
+        here = layer.can_run(engine)
         layer.engine = engine if here else untuned(frozen.device, frozen.dtype)
         layer.failed = described["failed"].get(where, {})
     for where, grid in described["stems"].items():
@@ -193,6 +199,7 @@ def _description(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict
             layer["folded"], layer["engine"] = bool(layer["folded"]), str(layer["engine"])
             if "grids" in layer:
                 layer["grids"] = _grids(layer["grids"])
+            layer["winograd"] = bool(layer.get("winograd"))
         described["stems"] = _grids(described.get("stems", {}))
         for key in _REPORTS:
             described[key] = dict(described[key])

@@ -45,11 +45,13 @@ def error_of(output: Tensor, truth: Tensor) -> Error:
     return Error(float(error.mean()), float(error.max()))
 
 
-def within(error: Error, eager: Error) -> bool:
-    """Whether an error is acceptable beside eager torch's; NaN is not."""
-    return (
-        error.mean <= MEAN_FACTOR * eager.mean + MEAN_FLOOR
-        and error.max <= MAX_FACTOR * eager.max + MAX_FLOOR
+def within(error: Error, eager: Error, times: float = 1.0) -> bool:
+    """Whether an error is acceptable beside eager torch's; NaN is not.
+
+    ``times`` is how many times as much what was asked for may lose, such as Winograd's form.
+    """
+    return error.mean <= times * (MEAN_FACTOR * eager.mean + MEAN_FLOOR) and error.max <= times * (
+        MAX_FACTOR * eager.max + MAX_FLOOR
     )
 
 
@@ -89,11 +91,13 @@ class Variant:
         kind: ``EAGER``, what the others are compared with; ``PEER``, which may fail and is then
             named; ``OURS``, which is not timed unless it is correct.
         prepare: makes the runner; compilation belongs in here, its time is reported.
+        times: see :func:`within`.
     """
 
     name: str
     kind: str
     prepare: Callable[[], Runner]
+    times: float = 1.0
 
 
 @dataclass
@@ -196,7 +200,7 @@ def measure(
             result.facts = inspect(output)
             fed = runner.feed(inputs[0])
             calls[v.name] = functools.partial(runner.run, fed)
-        _judge(results, calls)
+        _judge(results, calls, {v.name: v.times for v in variants})
         samples = interleave(calls, pace, lambda what, part: tick(what, 0.5 + 0.5 * part), seconds)
         for name, taken in samples.items():
             results[name].samples = taken
@@ -250,14 +254,16 @@ def _prepare(v: Variant, inputs: Sequence[Any], result: Result) -> tuple[Runner,
     return runner, torch.cat([first, *rest])
 
 
-def _judge(results: dict[str, Result], calls: dict[str, Callable[[], Any]]) -> None:
+def _judge(
+    results: dict[str, Result], calls: dict[str, Callable[[], Any]], times: dict[str, float]
+) -> None:
     """Apply the rule; what is ours and outside it is not timed."""
     found = [r.error for r in results.values() if r.kind == EAGER and r.error is not None]
     eager = Error(max(e.mean for e in found), max(e.max for e in found))
     for result in results.values():
         if result.error is None:
             continue
-        result.within = result.kind == EAGER or within(result.error, eager)
+        result.within = result.kind == EAGER or within(result.error, eager, times[result.variant])
         if result.kind == OURS and not result.within:
             result.why_not = "its error is outside the rule"
             del calls[result.variant]

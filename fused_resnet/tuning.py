@@ -12,9 +12,9 @@ import functools
 import os
 import statistics
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +90,7 @@ class Site:
         inputs: what with; the first is a tensor.
         ways: by name, the untuned one first.
         call: takes a way, modules and inputs as above, and calls them; ``EAGER`` is one it knows.
+        times: by way, how many times the error it may have, see :func:`measure.within`; else once.
     """
 
     facts: Hashable
@@ -97,6 +98,7 @@ class Site:
     inputs: tuple[Tensor | None, ...]
     ways: Sequence[str]
     call: Callable[[str, Sequence[nn.Module], Sequence[Tensor | None]], Any]
+    times: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def x(self) -> Tensor:
@@ -330,7 +332,10 @@ def _unfit(site: Site, way: str, reference: Callable[[tuple[int, ...]], _Referen
         found = attempt.once()
         if vendor.must_be_deterministic() and not _same(found, attempt.once()):
             return "two runs differ, and algorithms are to be deterministic"
-        outputs, gradients = map(measure.within, map(_error, found, truth), eager)
+        outputs, gradients = (
+            measure.within(_error(*each), by_torch, site.times.get(way, 1.0))
+            for *each, by_torch in zip(found, truth, eager, strict=True)
+        )
         if not outputs:
             break
         if gradients:

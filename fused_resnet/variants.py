@@ -10,8 +10,9 @@ from .convert import fuse
 from .freeze import freeze
 from .measure import EAGER, OURS, PEER, Runner, Variant
 from .tune import tune
+from .winograd import amplification
 
-TUNED, FROZEN = "fused tuned", "frozen"
+TUNED, FROZEN, WINOGRAD = "fused tuned", "frozen", "frozen winograd"
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
@@ -94,6 +95,16 @@ def frozen(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
         return _runner(freeze(model, example=example, dtype=dtype), dtype, torch.channels_last)
 
     return Variant(FROZEN, OURS, prepare)
+
+
+def winograd(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
+    """:func:`frozen`, with convolutions in Winograd's form, whose errors may be larger."""
+
+    def prepare() -> Runner:
+        served = freeze(model, example=example, dtype=dtype, winograd=True)
+        return _runner(served, dtype, torch.channels_last)
+
+    return Variant(WINOGRAD, OURS, prepare, amplification(4))
 
 
 def standard(model: nn.Module, dtype: torch.dtype, example: Tensor) -> list[Variant]:

@@ -160,6 +160,7 @@ def test_what_is_written(path, frozen):
         "residual": False,
         "folded": True,
         "engine": frozen.model.layer1[0].conv2.engine,
+        "winograd": False,
     }
     assert safetensors.load_file(path).keys() == frozen.model.state_dict().keys()
 
