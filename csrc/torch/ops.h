@@ -2,6 +2,11 @@
 // gives the launchers of one place (launch(args)), for tensors that are all on it.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <tuple>
 
 #include "checks.h"
@@ -296,6 +301,23 @@ inline void set_geometry(const char* op, ConvShape& s, const Ints& sizes, const 
   s.out_width = length(1);
 }
 
+// For a packed weight. It is read straight through, from more pages of the usual size than a
+// processor knows the places of.
+inline Tensor new_packed(int64_t size, ScalarType type, const Tensor& weight) {
+  Tensor packed = torch::stable::empty({size}, type, std::nullopt, weight.device());
+#if defined(__linux__)
+  if (packed.is_cpu()) {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto begin = reinterpret_cast<uintptr_t>(packed.const_data_ptr());
+    const uintptr_t first = (begin + page - 1) / page * page;
+    const uintptr_t last = (begin + size * packed.element_size()) / page * page;
+    // A wish: where it is not met, the pages are those of before.
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return packed;
+}
+
 template <class Device>
 Tensor conv_pack(Tensor weight, int64_t groups) {
   constexpr const char* kOp = "conv_pack";
@@ -304,9 +326,8 @@ Tensor conv_pack(Tensor weight, int64_t groups) {
   args.dtype = dtype_of(kOp, "weight", weight);
   args.weight = weight.const_data_ptr();
   for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
-  Tensor packed = torch::stable::empty({Device::packed_size(args.dtype, args.shape)},
-                                       scalar_type_of(Device::packed_dtype(args.dtype)),
-                                       std::nullopt, weight.device());
+  Tensor packed = new_packed(Device::packed_size(args.dtype, args.shape),
+                             scalar_type_of(Device::packed_dtype(args.dtype)), weight);
   args.packed = packed.mutable_data_ptr();
   check_status(kOp, Device(packed).launch(args));
   return packed;
