@@ -38,8 +38,8 @@ class Photographs(NamedTuple):
     pixels: Tensor  #: (N, 3, H, W), float32, preprocessed
 
 
-def find(folder: Path | None) -> list[Path]:
-    """The image files of a folder, or those of scikit-image."""
+def find(folder: Path | None, option: str = "--images") -> list[Path]:
+    """The image files of a folder, which ``option`` named, or those of scikit-image."""
     if folder is None:
         spec = importlib.util.find_spec("skimage")
         places = list(spec.submodule_search_locations or ()) if spec else []
@@ -49,19 +49,24 @@ def find(folder: Path | None) -> list[Path]:
             raise CommandError("this scikit-image has no photographs inside; use --images FOLDER")
         return found
     if not folder.is_dir():
-        raise CommandError(f"--images {folder}: there is no such folder")
+        raise CommandError(f"{option} {folder}: there is no such folder")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise CommandError(f"--images {folder}: it has no images ({', '.join(SUFFIXES)})")
+        raise CommandError(f"{option} {folder}: it has no images ({', '.join(SUFFIXES)})")
     return found
 
 
-def load(folder: Path | None, count: int, preprocess: Callable[[Any], Tensor]) -> Photographs:
+def load(
+    folder: Path | None,
+    count: int,
+    preprocess: Callable[[Any], Tensor],
+    option: str = "--images",
+) -> Photographs:
     """Up to ``count`` photographs, each through ``preprocess``."""
     from PIL import Image, ImageOps
 
     names, tensors = [], []
-    for path in find(folder)[:count]:
+    for path in find(folder, option)[:count]:
         try:
             with Image.open(path) as image:
                 upright = ImageOps.exif_transpose(image).convert("RGB")

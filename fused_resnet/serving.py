@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoints, demo, sources, variants
+from . import checkpoints, demo, photographs, sources, variants
 from .command import CommandError, positive, require
 from .convert import Report, fuse, report
-from .freeze import freeze
+from .freeze import Frozen, freeze
 from .frozen_file import save_frozen
 from .measure import OURS, Pace, Result, measure
 from .tune import Choices, tune
@@ -22,6 +22,10 @@ from .tune import Choices, tune
 #: Correctness alone.
 NO_TIME = Pace(seconds=0, least_rounds=0, most_rounds=0)
 LEAST, BATCH = 4, 2  #: images that errors are taken over, and how many at once
+MOST_CALIBRATED = 512  #: images that a network in 8 bits is calibrated on
+#: Of ImageNet's images, on which torchvision's and timm's networks were trained.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INT8 = "int8"
 
 
 def add_commands(commands: Any) -> None:
@@ -60,17 +64,21 @@ def add_commands(commands: Any) -> None:
         "freeze", help="write a network as a file for serving",
         description="Freezes a network, writes what fused_resnet.load_frozen(FILE, model) reads.",
     )  # fmt: skip
-    _add_run_arguments(frozen)
+    _add_run_arguments(frozen, INT8)
     _add_batch(frozen)
+    frozen.add_argument("--calibration", type=Path, metavar="FOLDER",
+                        help=f"images like those to come, for --dtype {INT8}: the first "
+                        f"{MOST_CALIBRATED} by name, normalized as ImageNet's")  # fmt: skip
     frozen.add_argument("--output", type=Path, required=True, metavar="FILE", help="where to")
     frozen.set_defaults(run=run_freeze)
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_run_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
     sources.add_arguments(parser)
     parser.add_argument("--input", type=image, default=(3, 224, 224), metavar="CxHxW",
                         help="an image (default: 3x224x224)")  # fmt: skip
-    parser.add_argument("--dtype", choices=demo.DTYPES, default="fp32", help="default: fp32")
+    parser.add_argument("--dtype", choices=(*demo.DTYPES, *more), default="fp32",
+                        help="default: fp32")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
 
 
@@ -151,9 +159,14 @@ def run_tune(args: argparse.Namespace) -> int:
 def run_freeze(args: argparse.Namespace) -> int:
     """Run ``freeze``."""
     require("serve", "safetensors")
-    network, dtype = _on_device(args), demo.DTYPES[args.dtype]
+    calibration = _calibration(args)
+    network, dtype = _on_device(args), demo.DTYPES.get(args.dtype, torch.int8)
     x = _images(args, args.batch, 0)
-    frozen = _tried(args, lambda: freeze(network.model, example=x, dtype=dtype))
+
+    def made() -> Frozen:
+        return freeze(network.model, example=x, dtype=dtype, calibration=calibration)
+
+    frozen = _tried(args, made)
     try:
         save_frozen(frozen, args.output)
     except OSError as error:
@@ -161,12 +174,38 @@ def run_freeze(args: argparse.Namespace) -> int:
     if network.untrained:
         print(f"{args.model} is NOT TRAINED: --weights was not given")
     for name, found in frozen.errors.items():
-        print(f"{name:<6}  mean error {found['mean']:.1e}, max {found['max']:.1e}")
+        print(f"{name:<11}  mean error {found['mean']:.1e}, max {found['max']:.1e}")
+        if "top5" in found:
+            print(f"{'':<11}  of the five likeliest classes {found['top5']:.1%} as in fp32")
     for layer, why in frozen.unfolded.items():
         print(f"{layer} is not folded: {why}")
     print(_fused(args.model, network.model).summary)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {args.dtype}")
     return 0
+
+
+def _calibration(args: argparse.Namespace) -> list[Tensor] | None:
+    """The images of a folder, cut to what the network reads."""
+    if args.dtype != INT8:
+        if args.calibration is not None:
+            raise CommandError(f"--calibration is for --dtype {INT8}, got --dtype {args.dtype}")
+        return None
+    channels, height, width = args.input
+    if args.calibration is None or channels != 3:
+        raise CommandError(
+            f"--dtype {INT8} needs --calibration, a folder of images like those to come, and a "
+            f"network of 3 channels (--input), got {args.calibration} and {channels}"
+        )
+    require("demo", "PIL")
+    from PIL import ImageOps
+    from torchvision.transforms import functional
+
+    def read(image: Any) -> Tensor:
+        pixels = functional.pil_to_tensor(ImageOps.fit(image, (width, height))) / 255
+        return functional.normalize(pixels, MEAN, DEVIATION)
+
+    loaded = photographs.load(args.calibration, MOST_CALIBRATED, read, "--calibration")
+    return list(loaded.pixels.split(BATCH))
 
 
 def _fused(name: str, model: nn.Module) -> Report:

@@ -8,12 +8,14 @@ import given_times
 import pytest
 import torch
 import torchvision
-from models import double
+from models import double, frozen_layers
 from tolerances import judge
 from torch import nn
 
 import fused_resnet
 from fused_resnet import cli, sources, variants
+from fused_resnet.frozen_conv import FrozenConv
+from fused_resnet.int8 import Int8Conv
 
 FILE = """
 import torch
@@ -52,6 +54,10 @@ def broken():
 
 def number():
     return 3
+
+
+def deep():
+    return nn.Sequential(*build()[:3], nn.Conv2d(CHANNELS, 8, 1), nn.BatchNorm2d(8), *build()[3:])
 """
 
 
@@ -238,6 +244,29 @@ def test_freeze(file, tmp_path, capsys):
     x = torch.rand(4, 3, 20, 20)
     with torch.no_grad():
         judge([frozen(x)], [source(x)], [double(source, x)])
+
+
+def test_freeze_in_8_bits(file, tmp_path, capsys, fails):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    photos, output = tmp_path / "photos", tmp_path / "net"
+    photos.mkdir()
+    command = ["freeze", "--model", f"{file}:deep", *SMALL, "--dtype", "int8"]
+    command += ["--output", str(output)]
+    assert "--dtype int8 needs --calibration" in fails(*command)
+    assert "--calibration is for --dtype int8" in fails(*command, "--dtype", "fp32",
+                                                        "--calibration", photos)  # fmt: skip
+    assert f"--calibration {photos}: it has no images" in fails(*command, "--calibration", photos)
+    for i in range(3):
+        pixels = torch.randint(0, 255, (30, 40, 3), dtype=torch.uint8)
+        image.fromarray(pixels.numpy()).save(photos / f"{i}.png")
+    assert cli.main([*command, "--calibration", str(photos)]) == 0
+    text = capsys.readouterr().out
+    assert "calibration  mean error" in text
+    assert "of the five likeliest classes" in text
+    frozen = fused_resnet.load_frozen(output, sources.load(f"{file}:deep", None).model)
+    assert [type(m) for m in frozen_layers(frozen)] == [FrozenConv, Int8Conv]
+    assert frozen(torch.rand(4, 3, 20, 20)).shape == (4, 9)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
