@@ -4,6 +4,7 @@ import argparse
 import fnmatch
 import gc
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from bench.results import RESULTS, commit
 from bench.screen import Tick, screen
 from fused_resnet import facts
 from fused_resnet.command import CommandError
-from fused_resnet.measure import EAGER, Pace, at_most, clock, measure, write_json
-from fused_resnet.variants import TUNED
+from fused_resnet.measure import EAGER, Pace, Variant, at_most, clock, measure, write_json
+from fused_resnet.variants import INT8, TUNED
 
 EVERY_OP = tuple(f"{op}/*" for op in (*ops.WORKS, *training_ops.WORKS))
 #: What is measured unless something is asked for: networks, inference and training.
@@ -86,6 +87,16 @@ def selected(args: argparse.Namespace) -> list[Case]:
     return found
 
 
+def wanted(v: Variant, patterns: Sequence[str]) -> bool:
+    """Whether a variant is measured.
+
+    In 8 bits it is no match for the others: it has to be named, and a pattern names none.
+    """
+    if v.name == INT8:
+        return INT8 in patterns
+    return v.kind == EAGER or any(fnmatch.fnmatch(v.name, p) for p in patterns)
+
+
 def run_case(
     case: Case, pace: Pace, args: argparse.Namespace, environment: dict, tick: Tick
 ) -> list[dict]:
@@ -95,11 +106,7 @@ def run_case(
         gc.collect()
     tick("making inputs and the float64 reference", 0.0)
     work = case.make()
-    chosen = [
-        v
-        for v in work.variants
-        if v.kind == EAGER or any(fnmatch.fnmatch(v.name, p) for p in args.variants)
-    ]
+    chosen = [v for v in work.variants if wanted(v, args.variants)]
     if args.smoke:  # in images that small, which way is taken decides which ReLUs tip over
         chosen = [v for v in chosen if v.name != TUNED]
     done = measure(

@@ -1,6 +1,7 @@
 """Serve a network: freeze it, write it to a file, load that, call it from many threads, export it.
 
     python examples/serve.py --export onnx aotinductor
+    python examples/serve.py --int8
 
 What is exported needs no Python source: ONNX Runtime reads ``model.onnx``, and any process that
 imports fused_resnet runs ``model.pt2`` by ``torch._inductor.aoti_load_package``.
@@ -9,6 +10,7 @@ imports fused_resnet runs ``model.pt2`` by ``torch._inductor.aoti_load_package``
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -25,6 +27,7 @@ def main() -> None:
     add("--weights", type=Path, help="its state_dict; default: fresh ones, which know nothing")
     add("--size", type=int, default=224, help="of the images (default: 224)")
     add("--export", nargs="*", default=[], choices=["onnx", "aotinductor"])
+    add("--int8", action="store_true", help="in 8 bits; AOTInductor can export that, ONNX cannot")
     add("--output", type=Path, default=Path("fused-resnet-serve"), help="a folder")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -35,8 +38,10 @@ def main() -> None:
     images = torch.randn(2 * THREADS, 3, args.size, args.size)
 
     # Once, where the model is: fold, tune on an input like those to come, compare with float64.
-    frozen = fused_resnet.freeze(model, example=images[:1])
-    print("errors against float64:", frozen.errors)
+    # In 8 bits it takes some hundred images to say how large activations are.
+    bits: dict[str, Any] = {"dtype": torch.int8, "calibration": images.split(4)}
+    frozen = fused_resnet.freeze(model, example=images[:1], **(bits if args.int8 else {}))
+    print("errors:", frozen.errors)
     fused_resnet.save_frozen(frozen, args.output / "model.safetensors")
 
     # Where it is served: the architecture without memory, and the file.

@@ -12,7 +12,7 @@ from .measure import EAGER, OURS, PEER, Runner, Variant
 from .tune import tune
 from .winograd import amplification
 
-TUNED, FROZEN, WINOGRAD = "fused tuned", "frozen", "frozen winograd"
+TUNED, FROZEN, WINOGRAD, INT8 = "fused tuned", "frozen", "frozen winograd", "frozen int8"
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
@@ -105,6 +105,19 @@ def winograd(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Variant:
         return _runner(served, dtype, torch.channels_last)
 
     return Variant(WINOGRAD, OURS, prepare, amplification(4))
+
+
+def int8(model: nn.Module, example: Tensor, calibration: Tensor) -> Variant:
+    """``freeze`` in 8 bits, of inputs in float32.
+
+    Half of a 255th of a range is lost where float32 loses 2**-24 of a number.
+    """
+
+    def prepare() -> Runner:
+        served = freeze(model, example=example, dtype=torch.int8, calibration=[calibration])
+        return _runner(served, torch.float32, torch.channels_last)
+
+    return Variant(INT8, OURS, prepare, 2.0**15)
 
 
 def standard(model: nn.Module, dtype: torch.dtype, example: Tensor) -> list[Variant]:

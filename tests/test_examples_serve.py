@@ -11,6 +11,7 @@ from tolerances import judge
 from training import ENVIRONMENT, EXAMPLES
 
 import fused_resnet
+from fused_resnet.int8 import Int8Conv
 
 
 def serve(folder, *args):
@@ -36,6 +37,16 @@ def test_onnx(tmp_path):
     with torch.no_grad():
         for ours in (frozen(x), torch.from_numpy(y)):
             judge([ours], [source(x)], [double(source, x)])
+
+
+def test_int8(tmp_path):
+    source = torchvision.models.resnet18().eval()
+    torch.save(source.state_dict(), tmp_path / "mine.pth")
+    out = serve(tmp_path, "--weights", "mine.pth", "--int8")
+    frozen = fused_resnet.load_frozen(out / "model.safetensors", torchvision.models.resnet18())
+    assert sum(isinstance(m, Int8Conv) for m in frozen.modules()) == 19
+    assert 0 < frozen.errors["calibration"]["top5"] <= 1
+    assert frozen(torch.rand(3, 3, 64, 64)).shape == (3, 1000)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """freeze in 8 bits: what becomes bytes, how far off it is, what it is calibrated on."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -14,9 +15,12 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
-from fused_resnet import save_frozen
+from bench import run
+from fused_resnet import save_frozen, variants
 from fused_resnet.frozen_conv import FrozenConv
 from fused_resnet.int8 import Grid, Int8Conv
+from fused_resnet.measure import measure
+from fused_resnet.serving import NO_TIME
 
 CALIBRATION = [images(seed, 4, 64) for seed in (10, 11)]
 X = images(12, 2, 64)
@@ -275,6 +279,22 @@ def test_exports(frozen):
     called = [str(node.target) for graph in graphs for node in graph.nodes]
     assert called.count("fused_resnet.conv_int8.default") == len(layers(frozen))
     judge([program.module()(X)], [expected], [expected.double()])
+
+
+def test_benchmark(source):
+    """Its gate lets a network in 8 bits pass, and not one that was calibrated on other images."""
+    x = [images(seed, 2, 64) for seed in (30, 31)]
+    with torch.no_grad():
+        truth = torch.cat([double(source, t) for t in x])
+    ways = [variants.eager(source, torch.float32, "NHWC")]
+    for name, scale in (("right", 1), ("wrong", 1e-3)):
+        int8 = variants.int8(source, X, CALIBRATION[0] * scale)
+        assert not run.wanted(int8, ["*"])
+        assert run.wanted(int8, ["frozen int8"])
+        ways.append(dataclasses.replace(int8, name=name))
+    results = {r.variant: r for r in measure(ways, x, truth, NO_TIME)}
+    assert results["right"].within
+    assert not results["wrong"].within
 
 
 class Watched(nn.Module):
