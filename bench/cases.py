@@ -119,6 +119,7 @@ def _network_work(name: str, batch: int, dtype: torch.dtype, size: int, device: 
         several.append(peers.openvino(model, dtype, inputs[0], threads))
         if dtype == torch.float32:
             several.append(variants.int8(model, inputs[0], images(8, size)))
+            several.append(variants.winograd(model, dtype, inputs[0]))
     several.append(peers.torchscript(model, dtype, inputs[0]))
     several.append(variants.tuned(model, dtype, inputs[0]))
     several.sort(key=lambda v: (EAGER, PEER, OURS).index(v.kind))

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from fused_resnet.measure import Pace
-from fused_resnet.variants import FROZEN, TUNED
+from fused_resnet.variants import FROZEN, TUNED, WINOGRAD
 
 Row = dict[str, Any]
 #: With less rounds quartiles tell nothing.
@@ -45,7 +45,7 @@ def why_failed(row: Row) -> str | None:
     """
     if not row["within"]:
         return row["why_not"]
-    if row["variant"] not in (TUNED, FROZEN) or len(row["samples"]) < LEAST_ROUNDS:
+    if row["variant"] not in (TUNED, FROZEN, WINOGRAD) or len(row["samples"]) < LEAST_ROUNDS:
         return None
     slower = row["speedup"]["high"] < 1
     return f"it is tuned, and slower than eager: {ratio(row['speedup'])}x" if slower else None
