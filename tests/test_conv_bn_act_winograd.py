@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,6 +229,25 @@ def test_fuzz(size, padding, channels, batch, tile, layouts, has_bn, has_residua
     result = OP(*args)
     check(result, args)
     assert placed(OP(*shadow(args))) == placed(result) == placed(in_steps(**made, act=act))
+
+
+def asks_for_huge_pages(t):
+    """Whether the memory in the middle of ``t`` is marked so, as Linux tells."""
+    middle, inside = t.data_ptr() + t.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= middle < int(span[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return False
+
+
+def test_packed_weights_ask_for_huge_pages():
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no huge pages to ask for")
+    weight = torch.randn(256, 256, 3, 3)
+    assert asks_for_huge_pages(PACK(weight, 4))
+    assert asks_for_huge_pages(torch.ops.fused_resnet.conv_pack(weight, 1))
 
 
 BAD = [
