@@ -176,7 +176,8 @@ def freeze(
         dtype: float32, bfloat16, float16 or float64 to convert to; default: the model's own. With
             int8, on CPUs, convolutions of four channels a group or more are computed in 8 bits:
             weights in int8, of a step for each output channel, activations in uint8, of a step for
-            each. Inputs, outputs and all other layers are float32.
+            each. Inputs, outputs and all other layers are float32. Hooks see the bytes that go from
+            layer to layer, and NaN becomes the least that there is.
         calibration: for int8, an iterable of inputs like those to come, such as a DataLoader: a
             tensor each, or a tuple or list that begins with what ``example`` consists of (labels
             behind that are left out). Held in memory until this returns. The steps of activations

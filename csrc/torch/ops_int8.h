@@ -53,8 +53,7 @@ Tensor conv_int8_pack(Tensor weight, int64_t groups) {
   args.shape = int8_shape(kOp, weight, groups);
   args.weight = static_cast<const int8_t*>(weight.const_data_ptr());
   for (int d = 0; d < 4; ++d) args.weight_stride[d] = weight.stride(d);
-  Tensor packed = torch::stable::empty({Device::int8_packed_size(args.shape)}, ScalarType::Byte,
-                                       std::nullopt, weight.device());
+  Tensor packed = new_packed(Device::int8_packed_size(args.shape), ScalarType::Byte, weight);
   args.packed = packed.mutable_data_ptr();
   check_status(kOp, Device(packed).launch(args));
   return packed;
