@@ -32,8 +32,8 @@ Tensor conv_winograd_pack(Tensor weight, int64_t tile) {
   args.pack.shape = winograd_shape(kOp, weight, tile);
   args.pack.weight = weight.const_data_ptr();
   for (int d = 0; d < 4; ++d) args.pack.weight_stride[d] = weight.stride(d);
-  Tensor packed = new_packed(winograd_packed_size<Device>(args.pack.shape, tile),
-                             ScalarType::Float, weight);
+  Tensor packed =
+      new_packed(winograd_packed_size<Device>(args.pack.shape, tile), ScalarType::Float, weight);
   args.pack.packed = packed.mutable_data_ptr();
   check_status(kOp, Device(packed).launch(args));
   return packed;
