@@ -237,10 +237,10 @@ def freeze(
         return layer
 
     frozen = frozen_copy("freeze", model, dtype, make)
-    if winograd and (frozen.dtype, frozen.device.type) != (torch.float32, "cpu"):
+    kind = torch.int8 if in_bytes else frozen.dtype
+    if winograd and (kind, frozen.device.type) != (torch.float32, "cpu"):
         raise RuntimeError(
-            f"freeze: winograd=True is for torch.float32 on cpu, got {frozen.dtype} on "
-            f"{frozen.device}"
+            f"freeze: winograd=True is for torch.float32 on cpu, got {kind} on {frozen.device}"
         )
     with torch.no_grad():
         served = tree_map(lambda t: _cast(t, frozen.dtype), inputs)

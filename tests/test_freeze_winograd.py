@@ -120,6 +120,12 @@ def test_other_types_are_refused(source, dtype):
         fused_resnet.freeze(source, example=X, dtype=dtype, winograd=True)
 
 
+def test_bytes_are_refused(source):
+    given = {"example": X, "dtype": torch.int8, "calibration": [X]}
+    with pytest.raises(RuntimeError, match=r"float32 on cpu, got torch\.int8 on cpu"):
+        fused_resnet.freeze(source, **given, winograd=True)
+
+
 @over_ways
 def test_nan(prefer, way):
     """Is kept, through every ReLU; what is infinite stays so, or becomes one."""
