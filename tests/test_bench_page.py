@@ -10,6 +10,7 @@ import pytest
 from bench import __main__ as bench
 from bench import page, results
 from bench.results import BENCH, LAUNCHES
+from fused_resnet import variants
 
 EMPTY = {"meta", "path", "use", "rect"}  # elements without an end, or that end themselves
 
@@ -104,6 +105,14 @@ def test_in_short():
         rows[:] = [row for row in rows if row["kind"] == "eager"]
 
     assert section(leave_eager)["best"] == []
+
+
+def test_eight_bits_are_not_held_against_those_who_have_more():
+    def rename(rows):
+        for row in rows:
+            row["variant"] = row["variant"].replace("fused fast", variants.INT8)
+
+    assert section(rename)["best"][0].ours.startswith("fused, 14.6")
 
 
 def test_a_network_that_comes_again_is_drawn_once():
