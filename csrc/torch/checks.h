@@ -135,10 +135,14 @@ inline void write_back(const char* op, const char* argument, Tensor t, const Ten
   torch::stable::copy_(t, dense);
 }
 
-inline void check_channels(const char* op, const char* argument, const Tensor& t, int64_t channels,
-                           ScalarType type, const Tensor& x) {
+inline void check_type(const char* op, const char* argument, const Tensor& t, ScalarType type) {
   FR_CHECK(t.scalar_type() == type, op, ": ", argument, " must be ", name(type), ", got ",
            name(t.scalar_type()));
+}
+
+inline void check_channels(const char* op, const char* argument, const Tensor& t, int64_t channels,
+                           ScalarType type, const Tensor& x) {
+  check_type(op, argument, t, type);
   check_device(op, argument, t, x);
   check_sizes(op, argument, t, {channels});
 }

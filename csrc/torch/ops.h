@@ -301,6 +301,14 @@ inline void set_geometry(const char* op, ConvShape& s, const Ints& sizes, const 
   s.out_width = length(1);
 }
 
+// The same for an input that is there, of the channels that weight reads.
+inline void set_input(const char* op, ConvShape& s, const Tensor& x, const Tensor& weight,
+                      const Ints& stride, const Ints& padding, const Ints& dilation) {
+  FR_CHECK(x.size(1) == s.in_channels, op, ": x must have ", s.in_channels, " channels for weight ",
+           text(sizes_of(weight)), " and groups ", s.groups, ", got ", x.size(1));
+  set_geometry(op, s, sizes_of(x), stride, padding, dilation);
+}
+
 // For a packed weight. It is read straight through, from more pages of the usual size than a
 // processor knows the places of.
 inline Tensor new_packed(int64_t size, ScalarType type, const Tensor& weight) {
@@ -348,10 +356,7 @@ struct ConvBnActTensors {
     ConvShape& s = args.shape;
     s = conv_shape(op, weight, groups);
     check_like(op, "weight", weight, x);
-    FR_CHECK(x.size(1) == s.in_channels, op, ": x must have ", s.in_channels,
-             " channels for weight ", text(sizes_of(weight)), " and groups ", groups, ", got ",
-             x.size(1));
-    set_geometry(op, s, sizes_of(x), stride, padding, dilation);
+    set_input(op, s, x, weight, stride, padding, dilation);
     auto vector = [&](const char* argument, MaybeTensor& t) {
       if (!t) return;
       check_channels(op, argument, *t, s.out_channels, accumulation_type(x.scalar_type()), x);

@@ -6,11 +6,6 @@
 
 namespace fused_resnet::glue {
 
-inline void check_type(const char* op, const char* argument, const Tensor& t, ScalarType type) {
-  FR_CHECK(t.scalar_type() == type, op, ": ", argument, " must be ", name(type), ", got ",
-           name(t.scalar_type()));
-}
-
 inline int zero_of(const char* op, const char* argument, int64_t zero) {
   FR_CHECK(zero >= 0 && zero <= 255, op, ": ", argument, " must be from 0 to 255, got ", zero);
   return static_cast<int>(zero);
@@ -72,10 +67,7 @@ Tensor conv_int8(Tensor x, int64_t x_zero, Tensor weight, Tensor scale, Tensor s
   ConvShape& s = args.shape;
   s = int8_shape(kOp, weight, groups);
   check_device(kOp, "weight", weight, x);
-  FR_CHECK(x.size(1) == s.in_channels, kOp, ": x must have ", s.in_channels,
-           " channels for weight ", text(sizes_of(weight)), " and groups ", groups, ", got ",
-           x.size(1));
-  set_geometry(kOp, s, sizes_of(x), stride, padding, dilation);
+  set_input(kOp, s, x, weight, stride, padding, dilation);
   check_channels(kOp, "scale", scale, s.out_channels, ScalarType::Float, x);
   check_channels(kOp, "shift", shift, s.out_channels, ScalarType::Float, x);
   const Ints sizes = ConvBnActTensors::out_sizes(s);

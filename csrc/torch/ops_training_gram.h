@@ -16,8 +16,7 @@ std::tuple<Tensor, Tensor> gram_moments(Tensor gram, Tensor sum, Tensor center, 
   const ScalarType type = center.scalar_type();
   check_accumulation(kOp, "center", center);
   const int64_t channels = center.size(0);
-  FR_CHECK(gram.scalar_type() == ScalarType::Double, kOp, ": gram must be float64, got ",
-           name(gram.scalar_type()));
+  check_type(kOp, "gram", gram, ScalarType::Double);
   check_sizes(kOp, "gram", gram, {channels, channels});
   check_channels(kOp, "sum", sum, channels, ScalarType::Double, gram);
   gram = in_order(gram);
@@ -38,9 +37,7 @@ std::tuple<Tensor, Tensor> gram_moments(Tensor gram, Tensor sum, Tensor center, 
 // A matrix of weight's sizes in the type weight is accumulated in, in order.
 inline Tensor beside_weight(const char* op, const char* argument, const Tensor& t,
                             const Tensor& weight) {
-  const ScalarType type = accumulation_type(weight.scalar_type());
-  FR_CHECK(t.scalar_type() == type, op, ": ", argument, " must be ", name(type), ", got ",
-           name(t.scalar_type()));
+  check_type(op, argument, t, accumulation_type(weight.scalar_type()));
   FR_CHECK(t.is_cpu() == weight.is_cpu() && t.get_device() == weight.get_device(), op, ": ",
            argument, " must be on the device of weight");
   check_sizes(op, argument, t, sizes_of(weight));

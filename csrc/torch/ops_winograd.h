@@ -9,8 +9,7 @@ namespace fused_resnet::glue {
 // Checks what Winograd's form asks for of a weight, and of a tile.
 inline ConvShape winograd_shape(const char* op, const Tensor& weight, int64_t tile) {
   const ConvShape s = conv_shape(op, weight, 1);
-  FR_CHECK(weight.scalar_type() == ScalarType::Float, op, ": weight must be float32, got ",
-           name(weight.scalar_type()));
+  check_type(op, "weight", weight, ScalarType::Float);
   FR_CHECK(s.kernel[0] == 3 && s.kernel[1] == 3, op, ": weight must be of a kernel 3x3, got ",
            text(sizes_of(weight)));
   FR_CHECK(tile == 2 || tile == 4, op, ": tile must be 2 or 4, got ", tile);
