@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .blocks import Fused, Stem
+from .convert import joined
 from .frozen_conv import FrozenConv
 from .graph_units import FusedGraph
 from .int8 import Grid, Int8Conv
+from .measure import error_of_all, floating, likeliest_shared
 
 #: Bytes multiplied in one step: a convolution of fewer channels a group stays in float32. It is a
 #: network's first, whose image would lose more by rounding than it gains in time, or one of groups
@@ -29,7 +31,7 @@ _LIKELIEST = 5
 _Slot = tuple[str, str]
 
 
-def batches_of(calibration: Iterable[Any] | None, inputs: int, dtype: torch.dtype) -> list[Any]:
+def batches_of(calibration: Iterable[Any] | None, inputs: int) -> list[Any]:
     """The inputs of each batch; of what else a loader yields, such as labels, nothing.
 
     Raises:
@@ -49,10 +51,10 @@ def batches_of(calibration: Iterable[Any] | None, inputs: int, dtype: torch.dtyp
         ) from error
     if not any(t.numel() for t in tree_leaves(batches) if isinstance(t, Tensor)):
         raise ValueError("freeze: calibration must hold at least one batch of images, got none")
-    return [_inputs(i, batch, inputs, dtype) for i, batch in enumerate(batches)]
+    return [_inputs(i, batch, inputs) for i, batch in enumerate(batches)]
 
 
-def _inputs(index: int, batch: Any, inputs: int, dtype: torch.dtype) -> tuple[Any, ...]:
+def _inputs(index: int, batch: Any, inputs: int) -> tuple[Any, ...]:
     several = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     given = several[:inputs]
     if len(given) < inputs or not all(isinstance(t, Tensor) for t in given[:1]):
@@ -60,14 +62,11 @@ def _inputs(index: int, batch: Any, inputs: int, dtype: torch.dtype) -> tuple[An
             "freeze: calibration must yield tensors, or tuples that begin with the "
             f"{inputs} inputs that example has, got {type(batch).__name__} as number {index}"
         )
-    for t in tree_leaves(given):
-        if isinstance(t, Tensor) and t.is_floating_point() and not torch.isfinite(t).all():
-            raise ValueError(
-                f"freeze: calibration must be finite, batch number {index} has NaN or infinity"
-            )
-    return tree_map(
-        lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, given
-    )
+    if not all(torch.isfinite(t).all() for t in floating(given)):
+        raise ValueError(
+            f"freeze: calibration must be finite, batch number {index} has NaN or infinity"
+        )
+    return given
 
 
 def to_int8(frozen: Any, batches: list[tuple[Any, ...]]) -> dict[str, float]:
@@ -90,8 +89,8 @@ def to_int8(frozen: Any, batches: list[tuple[Any, ...]]) -> dict[str, float]:
     ranges = _Ranges()
     with _watching(model, ranges.begins, ranges.ends):
         exact = [frozen(*batch) for batch in batches]
-    stems = {path: m for path, m in model.named_modules() if isinstance(m, Stem)}
-    makers = {*layers, *(_join(path, "maxpool") for path in stems)}
+    stems = stems_of(model)
+    makers = {*layers, *(joined(path, "maxpool") for path in stems)}
     grids = {
         site: Grid.of(*ranges.found[site])
         for site, slots in flow.readers.items()
@@ -104,12 +103,12 @@ def to_int8(frozen: Any, batches: list[tuple[Any, ...]]) -> dict[str, float]:
     for path, layer in layers.items():
         if path not in ranges.found:  # nobody calls it
             continue
-        x = grid_of((path, "x")) or Grid.of(*ranges.found[_join(path, "x")])
+        x = grid_of((path, "x")) or Grid.of(*ranges.found[joined(path, "x")])
         parent, _, name = path.rpartition(".")
         rounded = Int8Conv.rounded(layer, x, grid_of((path, "residual")), grids.get(path))
         model.get_submodule(parent)._modules[name] = rounded
     for path, m in stems.items():
-        m.grid = grids.get(_join(path, "maxpool"))
+        m.grid = grids.get(joined(path, "maxpool"))
     return _agreement(exact, [frozen(*batch) for batch in batches])
 
 
@@ -120,8 +119,9 @@ def _suits(layer: FrozenConv) -> bool:
     return finite and weight.size(1) >= _LEAST_CHANNELS and weight[0].numel() <= most
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}".lstrip(".")
+def stems_of(model: nn.Module) -> dict[str, Stem]:
+    """By path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, Stem)}
 
 
 class _Seen:
@@ -156,7 +156,7 @@ def _watching(
             hooks += [m.register_forward_pre_hook(before), m.register_forward_hook(after)]
         elif isinstance(m, Stem):
 
-            def pooled(y: Tensor, path: str = _join(path, "maxpool")) -> None:
+            def pooled(y: Tensor, path: str = joined(path, "maxpool")) -> None:
                 ends(path, y)
 
             m.grid = _Seen(pooled)
@@ -177,7 +177,7 @@ class _Ranges:
         self.found: dict[str, tuple[float, float]] = {}
 
     def begins(self, path: str, x: Tensor, residual: Tensor | None) -> None:
-        self.ends(_join(path, "x"), x)
+        self.ends(joined(path, "x"), x)
 
     def ends(self, path: str, y: Tensor) -> None:
         least, most = self.found.get(path, (math.inf, -math.inf))
@@ -255,22 +255,12 @@ def _passes_on(m: nn.Module) -> bool:
 
 
 def _agreement(exact: list[Any], got: list[Any]) -> dict[str, float]:
-    pairs = [
-        (a.double(), b.double())
-        for a, b in zip(tree_leaves(exact), tree_leaves(got), strict=True)
-        if isinstance(a, Tensor) and a.is_floating_point() and a.numel()
-    ]
-    if not pairs:
+    truth, outputs = ([t for t in floating(nest) if t.numel()] for nest in (exact, got))
+    if not truth:
         return {}
-    largest = max(float(a.abs().max()) for a, _ in pairs) or 1.0
-    errors = torch.cat([(a - b).abs().flatten() for a, b in pairs]) / largest
-    found = {"mean": float(errors.mean()), "max": float(errors.max())}
-    if len(pairs) == len(exact) and all(a.dim() == 2 and a.size(1) > _LIKELIEST for a, _ in pairs):
-        shared = [_shared(*(t.topk(_LIKELIEST).indices for t in pair)) for pair in pairs]
-        found["top5"] = float(torch.cat(shared).mean())
+    found = error_of_all(outputs, truth)._asdict()
+    if len(truth) == len(exact) and all(t.dim() == 2 and t.size(1) > _LIKELIEST for t in truth):
+        each = zip(outputs, truth, strict=True)
+        total = sum(len(b) * likeliest_shared(a, b, _LIKELIEST) for a, b in each)
+        found["top5"] = total / sum(map(len, truth))
     return found
-
-
-def _shared(a: Tensor, b: Tensor) -> Tensor:
-    """The share of the entries of each row of ``a`` that are in that of ``b``."""
-    return (a.unsqueeze(2) == b.unsqueeze(1)).any(2).double().mean(1)

@@ -134,7 +134,8 @@ def _restore(m: Any) -> None:
         m.__dict__.pop(name, None)
 
 
-def _join(path: str, name: str) -> str:
+def joined(path: str, name: str) -> str:
+    """The path of a module's child."""
     return f"{path}.{name}" if path else name
 
 
@@ -157,7 +158,7 @@ def _entries(model: nn.Module) -> Report:
                 reason = overridden or pair_obstacle(conv, bn, twin.norms) or together
                 if isinstance(conv, FrozenConv):
                     reason = None
-                report.append(Entry(_join(path, p.conv), _join(path, p.bn), reason))
+                report.append(Entry(joined(path, p.conv), joined(path, p.bn), reason))
     refused = _refused(model)
     for path, m in model.named_modules():
         own = _as_twin(m)
@@ -167,7 +168,7 @@ def _entries(model: nn.Module) -> Report:
                 continue
             if isinstance(bn, (*BATCH_NORMS, _NormBase, nn.GroupNorm)):
                 reason = refused.get(m) or pair_obstacle(conv, bn) or _why_alone(m, own)
-                report.append(Entry(_join(path, name), _join(path, following), reason))
+                report.append(Entry(joined(path, name), joined(path, following), reason))
     return report
 
 

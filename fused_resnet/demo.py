@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import chart, checkpoints, facts, photographs, variants
 from .command import CommandError, positive, require
-from .measure import OURS, PEER, Pace, Runner, Variant, measure, write_json
+from .measure import OURS, PEER, Pace, Runner, Variant, likeliest_shared, measure, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -241,11 +241,9 @@ def reference(model: nn.Module, pixels: Tensor, tick: Callable[[float], None]) -
 def top5_shared(truth: Tensor) -> Callable[[Tensor], dict[str, Any]]:
     """A function that tells how many of the five best classes an output shares with ``truth``."""
     count = min(5, truth.shape[1])
-    best = truth.topk(count).indices
 
     def shared(output: Tensor) -> dict[str, Any]:
-        mine = output.double().topk(count).indices
-        return {"top5_shared": float((mine[:, :, None] == best[:, None]).any(2).double().mean())}
+        return {"top5_shared": likeliest_shared(output, truth, count)}
 
     return shared
 

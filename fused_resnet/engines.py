@@ -72,6 +72,7 @@ POOL_OPS = ("conv_bn_act_maxpool", "conv_bn_act_avgpool")
 INT8_OPS = ("quantize", "conv_int8")
 #: Those that only frozen models call, where an engine has them.
 FROZEN_OPS = ("conv_bn_act_winograd",)
+ALL_OPS = OPS + CHAIN_OPS + POOL_OPS + INT8_OPS + FROZEN_OPS
 # What torch has convolutions for, our kernels being around them.
 _CONVOLUTIONS = ("conv_bn_act", "conv_dgrad", "conv_wgrad")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -85,8 +86,7 @@ _HAS_MATRIX_UNITS = "amx-bf16" in cpu_features()
 def registered(namespace: str, key: str) -> frozenset[str]:
     """The ops that a namespace implements for a dispatch key."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    ops = OPS + CHAIN_OPS + POOL_OPS + INT8_OPS + FROZEN_OPS
-    return frozenset(op for op in ops if has(f"{namespace}::{op}", key))
+    return frozenset(op for op in ALL_OPS if has(f"{namespace}::{op}", key))
 
 
 class Library(NamedTuple):

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .blocks import Fused, Group, Pair
 from .calibrate import batches_of, to_int8
 from .conditions import pair_obstacle, plain, uses_batch_statistics
-from .convert import check_model, fuse, unfuse
+from .convert import check_model, fuse, joined, unfuse
 from .frozen_conv import FOLD_BOUND, FrozenConv, pair_in_steps, untuned
 from .graphs import Graphs
-from .measure import error_of, within
+from .measure import error_of, error_of_all, floating, within
 from .reference import accumulation_dtype
 from .winograd import TILES, amplification
 
@@ -123,8 +123,7 @@ def _freeze_block(m: Fused, path: str, make: MakeLayer, dtype: torch.dtype) -> N
         parent, _, name = p.conv.rpartition(".")
         bn_name = p.bn.rpartition(".")[2]
         owner = m.get(parent) if parent else m
-        within = f"{path}.{p.conv}".lstrip(".")
-        owner._modules[name] = make(m.get(p.conv), m.get(p.bn), p, within, dtype)
+        owner._modules[name] = make(m.get(p.conv), m.get(p.bn), p, joined(path, p.conv), dtype)
         owner._modules[bn_name] = nn.Identity()
     m.frozen_pairs = pairs or None
 
@@ -227,7 +226,7 @@ def freeze(
     inputs = example if isinstance(example, tuple) else (example,)
     if in_bytes:
         dtype = torch.float32
-        batches = batches_of(calibration, len(inputs), dtype)
+        batches = batches_of(calibration, len(inputs))
     pairs: dict[str, tuple[Any, Any]] = {}
 
     def make(conv: Any, bn: Any, p: Pair, path: str, kind: torch.dtype) -> FrozenConv:
@@ -245,7 +244,10 @@ def freeze(
     with torch.no_grad():
         served = tree_map(lambda t: _cast(t, frozen.dtype), inputs)
         # Before tuning: what bytes stand for must not depend on which engine was faster.
-        calibrated = {"calibration": to_int8(frozen, batches)} if in_bytes else {}
+        calibrated = {}
+        if in_bytes:
+            given = tree_map(lambda t: _cast(t, frozen.dtype), batches)
+            calibrated["calibration"] = to_int8(frozen, given)
         if frozen.device.type in ("cpu", "cuda"):
             tune_layers(frozen, served)
             _bound_errors(frozen, pairs, served)
@@ -347,17 +349,10 @@ def _errors(
 ) -> dict[str, dict[str, float]]:
     own = unfuse(copy.deepcopy(source))
     exact = tree_map(lambda t: _cast(t, torch.float64), inputs)
-    truth = _outputs(copy.deepcopy(own).double(), exact)
+    truth = floating(copy.deepcopy(own).double()(*exact))
     eager = own.to(dtype)
     result = {}
-    for name, outputs in (("eager", _outputs(eager, served)), ("frozen", _outputs(frozen, served))):
-        largest = max((float(t.abs().max()) for t in truth if t.numel()), default=0.0) or 1.0
-        errors = [(a.double() - b).abs().flatten() for a, b in zip(outputs, truth, strict=True)]
-        every = torch.cat(errors) / largest if errors else torch.zeros(1)
-        result[name] = {"mean": float(every.mean()), "max": float(every.max())}
+    for name, m in (("eager", eager), ("frozen", frozen)):
+        outputs = floating(m(*served))
+        result[name] = error_of_all(outputs, truth)._asdict()
     return result
-
-
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    leaves = tree_leaves(model(*inputs))
-    return [t for t in leaves if isinstance(t, Tensor) and t.dtype.is_floating_point]

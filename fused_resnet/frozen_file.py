@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .blocks import Fused, Pair, Stem
+from .blocks import Fused, Pair
+from .calibrate import stems_of
+from .convert import joined
 from .freeze import Frozen, frozen_copy
 from .frozen_conv import FrozenConv, untuned
 from .int8 import Grid, Int8Conv
@@ -87,7 +89,7 @@ def save_frozen(frozen: Frozen, path: str | os.PathLike[str]) -> None:
             }
             for where, layer, p in _layers(frozen.model)
         },
-        "stems": _plain({where: m.grid for where, m in _stems(frozen.model).items()}),
+        "stems": _plain({where: m.grid for where, m in stems_of(frozen.model).items()}),
     }
     content = save(tensors, {_KEY: json.dumps(description)})
     path = Path(path)
@@ -137,7 +139,7 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module) -> Frozen:
         if frozen.device.type == "meta":
             frozen.device = torch.device("cpu")
         own = frozen.model.state_dict()
-        stems = _stems(frozen.model)
+        stems = stems_of(frozen.model)
         extra = (f"the model has no stem {name!r}" for name in described["stems"].keys() - stems)
         problems = [*_misfits(file, own), *_differences(frozen.model, layers), *extra]
         if problems:
@@ -217,15 +219,11 @@ def _grids(described: dict[str, Any]) -> dict[str, Grid]:
     return {name: Grid(float(grid["scale"]), int(grid["zero"])) for name, grid in described.items()}
 
 
-def _stems(model: nn.Module) -> dict[str, Stem]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, Stem)}
-
-
 def _layers(model: nn.Module) -> Iterator[tuple[str, FrozenConv, Pair]]:
     """The frozen layers: where they are, and what follows them."""
     for path, m in model.named_modules():
         for p in (m.frozen_pairs or ()) if isinstance(m, Fused) else ():
-            yield f"{path}.{p.conv}".lstrip("."), m.get(p.conv), p
+            yield joined(path, p.conv), m.get(p.conv), p
 
 
 def _computes(layer: FrozenConv, p: Pair) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 #: What is compared may have this many times eager torch's error at the same dtype, plus a floor.
 MAX_FACTOR, MAX_FLOOR = 2.0, 1e-5
@@ -43,6 +44,26 @@ def error_of(output: Tensor, truth: Tensor) -> Error:
         float(truth.abs().max()) or 1.0
     )
     return Error(float(error.mean()), float(error.max()))
+
+
+def error_of_all(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> Error:
+    """The same over several outputs, relative to the largest value of all."""
+    largest = max((float(t.abs().max()) for t in truth if t.numel()), default=0.0) or 1.0
+    pairs = zip(outputs, truth, strict=True)
+    errors = [(a.double() - b.double()).abs().flatten() for a, b in pairs]
+    every = torch.cat(errors) / largest if any(e.numel() for e in errors) else torch.zeros(1)
+    return Error(float(every.mean()), float(every.max()))
+
+
+def likeliest_shared(output: Tensor, truth: Tensor, count: int) -> float:
+    """How many of the ``count`` likeliest classes are those of ``truth``, from 0 to 1."""
+    found, best = (t.double().topk(count).indices for t in (output, truth))
+    return float((found[:, :, None] == best[:, None]).any(2).double().mean())
+
+
+def floating(nest: Any) -> list[Tensor]:
+    """The tensors of floating point in what a module takes or returns."""
+    return [t for t in tree_leaves(nest) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def within(error: Error, eager: Error, times: float = 1.0) -> bool:

@@ -5,6 +5,7 @@ contract) and the refusal to be differentiated raw: a raw op has no backward, an
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,9 @@ def _fake_global_avg_pool(x: Tensor) -> Tensor:
     return reference.empty_image(x, (*x.shape[:2], 1, 1), x)
 
 
-def _fake_conv_pack(weight: Tensor, groups: int) -> Tensor:
-    # Its length depends on the processor: packing belongs outside compiled and exported programs.
-    raise NotImplementedError("conv_pack: weights cannot be packed inside a traced program")
+def _refuse(op: str, *args: Any) -> Tensor:
+    # A length depends on the processor: packing belongs outside compiled and exported programs.
+    raise NotImplementedError(f"{op}: weights cannot be packed inside a traced program")
 
 
 def _fake_conv_bn_act(
@@ -141,13 +142,6 @@ def _fake_conv_bn_act(
 ) -> Tensor:
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     return reference.empty_image(x, y.shape, x, weight)
-
-
-def _fake_conv_winograd_pack(weight: Tensor, tile: int) -> Tensor:
-    # As conv_pack.
-    raise NotImplementedError(
-        "conv_winograd_pack: weights cannot be packed inside a traced program"
-    )
 
 
 def _fake_conv_bn_act_winograd(
@@ -212,9 +206,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "batch_norm_act_": _fake_batch_norm_act_,
     "bn_act_maxpool": _fake_bn_act_maxpool,
     "global_avg_pool": _fake_global_avg_pool,
-    "conv_pack": _fake_conv_pack,
+    **{
+        op: functools.partial(_refuse, op)
+        for op in ("conv_pack", "conv_winograd_pack", "conv_int8_pack")
+    },
     "conv_bn_act": _fake_conv_bn_act,
-    "conv_winograd_pack": _fake_conv_winograd_pack,
     "conv_bn_act_winograd": _fake_conv_bn_act_winograd,
     "conv_bn_act_maxpool": _fake_conv_bn_act_maxpool,
     "conv_bn_act_avgpool": _fake_conv_bn_act_avgpool,

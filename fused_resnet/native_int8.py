@@ -14,11 +14,6 @@ def _fake_quantize(x: Tensor, scale: float, zero: int) -> Tensor:
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device, memory_format=layout)
 
 
-def _fake_conv_int8_pack(weight: Tensor, groups: int) -> Tensor:
-    # Its length depends on the processor, as conv_pack's.
-    raise NotImplementedError("conv_int8_pack: weights cannot be packed inside a traced program")
-
-
 def _fake_conv_int8(
     x: Tensor,
     x_zero: int,
@@ -43,6 +38,5 @@ def _fake_conv_int8(
 
 FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_quantize,
-    "conv_int8_pack": _fake_conv_int8_pack,
     "conv_int8": _fake_conv_int8,
 }

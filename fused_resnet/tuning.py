@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.utils._pytree import tree_leaves
 
 from . import engines, measure, vendor
 from .conditions import as_torch
@@ -247,8 +246,7 @@ class Attempt:
 
     def __call__(self) -> tuple[Tensors, Tensors]:
         """The outputs, and the gradients."""
-        leaves = tree_leaves(self.site.call(self.way, self.modules, self.inputs))
-        roots = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        roots = measure.floating(self.site.call(self.way, self.modules, self.inputs))
         outputs = [t.detach() for t in roots]
         roots = [t for t in roots if t.requires_grad]
         if not roots or not torch.is_grad_enabled():

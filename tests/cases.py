@@ -31,11 +31,10 @@ DTYPES = engines.DTYPES
 HALF = (torch.bfloat16, torch.float16)
 EPS = 1e-5
 
-_OPS = engines.OPS + engines.CHAIN_OPS + engines.POOL_OPS + engines.INT8_OPS + engines.FROZEN_OPS
 #: The engines under test. One that only passes on to another for an op is not listed for it.
 ENGINES = {
-    "reference": _OPS,
-    "native": _OPS,
+    "reference": engines.ALL_OPS,
+    "native": engines.ALL_OPS,
     "vendor": ("conv_bn_act", "conv_dgrad", "conv_wgrad"),
 }
 
@@ -48,8 +47,8 @@ class Emulated(NamedTuple):
 
 
 EMULATED = {
-    "simt": Emulated(frozenset(_OPS).intersection(simt_engine.REGISTERED), 1 << 18),
-    "triton": Emulated(_OPS, 1 << 13),
+    "simt": Emulated(frozenset(engines.ALL_OPS).intersection(simt_engine.REGISTERED), 1 << 18),
+    "triton": Emulated(engines.ALL_OPS, 1 << 13),
 }
 # An engine of the tests' own: nobody else can ask for it.
 engines.LIBRARIES["simt"] = engines.Library(simt_engine.NAMESPACE, {"cpu": EMULATED["simt"].ops})

@@ -27,7 +27,7 @@ INTERNAL = ("packed", "tf32", "wgmma")
 #: What training.py is, op by op, in one: no kernel of its own, hence no engine's choice.
 WHOLE = tuple(whole_chain.FAKES)
 #: What not every engine has.
-SOME_ENGINES = engines.CHAIN_OPS + engines.POOL_OPS + engines.INT8_OPS + engines.FROZEN_OPS
+SOME_ENGINES = tuple(op for op in engines.ALL_OPS if op not in engines.OPS)
 OPS = [op for op in DECLARED if op not in (*AUXILIARY, *SOME_ENGINES, *WHOLE)]
 
 
